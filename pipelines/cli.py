@@ -1,0 +1,155 @@
+"""The command `reprise`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.config import UserError, repo_root
+
+app = typer.Typer(
+    name="reprise",
+    help="Machine-learning papers re-run, and their claims put to the proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Real data: what is there, fetching it, checking it.", no_args_is_help=True)
+track_app = typer.Typer(help="Tracked runs.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(track_app, name="track")
+
+PaperArgument = Annotated[str | None, typer.Argument(help="papers/<slug> or <slug>; default: the working directory")]
+
+
+@app.command()
+def run(
+    stage: Annotated[str, typer.Argument(help="a stage of the folder's dvc.yaml, such as prepare")],
+    model: Annotated[str | None, typer.Option(help="the model, where a stage runs once a model")] = None,
+) -> None:
+    """Run one stage of the paper in the working directory (dvc repro calls this)."""
+    from pipelines.runner import run_stage
+
+    run_stage(Path.cwd(), stage, model)
+
+
+@app.command()
+def verdict(
+    paper: PaperArgument = None,
+    profile: Annotated[str | None, typer.Option(help="default: the one that params.yaml chooses")] = None,
+) -> None:
+    """Hold a paper's scores against its claims: table, verdict.json, README block, MLflow tags."""
+    from pipelines.papers import resolve_folder
+    from pipelines.verdict import print_verdict, write_verdict
+
+    print_verdict(write_verdict(resolve_folder(paper), profile))
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="name of the new folder, a Python name")],
+    source: Annotated[str, typer.Option("--from", help="the paper to copy")] = "cape",
+) -> None:
+    """Start a project of your own as a copy of a paper's folder."""
+    from pipelines.scaffold import new_paper
+
+    folder = new_paper(repo_root(), name, source)
+    typer.echo(f"{folder.relative_to(repo_root())} is ready: dvc repro papers/{name}")
+
+
+@app.command()
+def board() -> None:
+    """The scoreboard over all papers: README table, board/index.html, MLflow experiment."""
+    from pipelines.board import collect, track, update_readme, write_html
+
+    root = repo_root()
+    entries = collect(root)
+    update_readme(root, entries)
+    page = write_html(root, entries, root / "board" / "index.html")
+    track(root, entries)
+    for entry in entries:
+        if entry.error:
+            typer.echo(f"warning: {entry.slug}: {entry.error}", err=True)
+    typer.echo(f"{len(entries)} paper(s): README.md and {page.relative_to(root)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine, this checkout, and whether committed results still match their code."""
+    from pipelines.doctor import diagnose, print_report
+
+    raise typer.Exit(print_report(diagnose(repo_root())))
+
+
+@app.command()
+def links(base_url: Annotated[str, typer.Option(help="where mlflow ui listens")] = "http://127.0.0.1:5000") -> None:
+    """Print links that open straight at each experiment's runs and charts in `mlflow ui`."""
+    from shared.tracking import experiment_links
+
+    for name, pages in sorted(experiment_links(base_url).items()):
+        typer.echo(f"{name}\n  runs:   {pages['runs']}\n  charts: {pages['charts']}")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Per paper: the files its real data consists of, and which of them are here."""
+    from pipelines.data import print_listing
+
+    print_listing(repo_root())
+
+
+@data_app.command("fetch")
+def data_fetch(
+    paper: PaperArgument = None,
+    only: Annotated[list[str] | None, typer.Option(help="names of files to fetch; default: all")] = None,
+) -> None:
+    """Download a paper's official data, with checksums, and convert it."""
+    from pipelines.data import fetch_paper
+    from pipelines.papers import resolve_folder
+
+    fetch_paper(resolve_folder(paper), only)
+
+
+@data_app.command("verify")
+def data_verify(paper: PaperArgument = None) -> None:
+    """Check the files of a paper's real data against their checksums."""
+    from pipelines.data import verify_paper
+    from pipelines.papers import resolve_folder
+
+    raise typer.Exit(verify_paper(resolve_folder(paper)))
+
+
+@track_app.command("sync")
+def track_sync() -> None:
+    """Deliver to the MLflow server what could not be delivered while runs were under way."""
+    from shared.tracking import sync
+
+    report = sync()
+    typer.echo(f"{report.delivered} run(s) delivered, {report.pending} pending")
+    if report.error:
+        raise UserError(f"the tracking server did not take everything: {report.error}")
+
+
+def main() -> None:
+    """Entry point: mistakes and full disks end with one message and exit status 1, Ctrl-C with 130."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}: nothing was left half-written; mend this and run it again", 1)
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to continue where it was", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

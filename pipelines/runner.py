@@ -1,0 +1,129 @@
+"""Runs a stage of the paper in whose folder it is called, whatever the folder's name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shared.config import Stage, UserError, load_params, repo_root
+from shared.files import write_json
+
+
+def run_stage(folder: Path, name: str, model: str | None = None) -> None:
+    """Run stage `name` of the paper in `folder`: the function of that name in `<name>.py`, or in `data.py`.
+
+    Reads params.yaml, tracks the stage as an MLflow run, and leaves wall time and peak memory under `runs/timing/`.
+    """
+    # Small models are fastest on one thread; a stage that profits from more asks for them itself.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = folder.resolve()
+    package = import_paper(folder)
+    function = find_stage(folder, package, name)
+    schema = importlib.import_module(f"{package}.config").Params
+    profile, params = load_params(folder / "params.yaml", schema)
+
+    from shared import tracking
+
+    title = " · ".join(part for part in (name, model, profile) if part)
+    tags = {"stage": name, "profile": profile} | ({"model": model} if model else {})
+    readme = folder / "README.md"
+    description = readme.read_text(encoding="utf-8") if readme.exists() else None
+    with (
+        tracking.deliver(),
+        tracking.start_run(folder.name, title, description=description, params=flatten(params), tags=tags) as run,
+        _measured() as measured,
+    ):
+        function(Stage(folder, name, profile, params, model, run))
+    label = f"{name}@{model}" if model else name
+    write_json(
+        folder / "runs" / "timing" / profile / f"{label}.json",
+        {"stage": name, "model": model, "run_id": run.id, **measured},
+    )
+
+
+def import_paper(folder: Path) -> str:
+    """Make the paper's folder importable and return its package name, `papers.<folder name>`."""
+    root = repo_root(folder)
+    if folder.parent != root / "papers" or not (folder / "params.yaml").is_file():
+        raise UserError(
+            f"{folder} is not the folder of a paper: run this in {root / 'papers'}/<name>, "
+            "where params.yaml and dvc.yaml are"
+        )
+    if not folder.name.isidentifier():
+        raise UserError(f"the folder name {folder.name!r} is no Python name: use letters, digits and underscores")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return f"papers.{folder.name}"
+
+
+def find_stage(folder: Path, package: str, name: str) -> Callable[[Stage], None]:
+    """The function that runs stage `name`; an unknown stage is an error that lists the stages there are."""
+    for module_name in (name, "data"):
+        if (folder / f"{module_name}.py").is_file():
+            function = getattr(importlib.import_module(f"{package}.{module_name}"), name, None)
+            if callable(function):
+                return function
+    from shared.config import read_yaml
+
+    known = sorted((read_yaml(folder / "dvc.yaml") or {}).get("stages", {}))
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise UserError(f"{folder.name} has no stage {name!r}{hint}; its dvc.yaml has: {', '.join(known)}")
+
+
+def flatten(params: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested params as one level with dotted keys, for tracking."""
+    if hasattr(params, "model_dump"):
+        params = params.model_dump(mode="json")
+    if not isinstance(params, Mapping):
+        return {prefix: params}
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+@contextmanager
+def _measured() -> Iterator[dict[str, float]]:
+    """Measure wall time and the peak of the resident memory of this process and its children together.
+
+    Pages that forked children share count once per process, so the peak is an upper bound.
+    """
+    import psutil
+
+    process, peak, stop = psutil.Process(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not stop.wait(0.5):
+            total = 0
+            for member in (process, *process.children(recursive=True)):
+                try:
+                    total += member.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            peak = max(peak, total)
+
+    measured: dict[str, float] = {}
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    started = time.perf_counter()
+    try:
+        yield measured
+    finally:
+        stop.set()
+        sampler.join()
+        peak = max(peak, process.memory_info().rss)
+        measured |= {
+            "wall_time_seconds": round(time.perf_counter() - started, 2),
+            "peak_memory_mib": round(peak / 2**20, 1),
+        }

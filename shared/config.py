@@ -1,0 +1,139 @@
+"""Typed parameters of a paper, and the stage that a command runs in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from shared.tracking import Run
+
+
+class UserError(Exception):
+    """A mistake that its message lets the user mend: what was given, what is allowed, what to do next."""
+
+
+class Strict(BaseModel):
+    """A pydantic model that refuses unknown keys and changes after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+ParamsType = TypeVar("ParamsType", bound=Strict)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[ParamsType]):
+    """What a stage of a paper's pipeline is told by the runner.
+
+    `folder` is the paper's folder and `slug` its name; `model` is the option `--model` where a stage runs once a model;
+    `run` is the tracked run of the stage, parent of those of its seeds.
+    """
+
+    folder: Path
+    name: str
+    profile: str
+    params: ParamsType
+    model: str | None = None
+    run: Run | None = None
+
+    @property
+    def slug(self) -> str:
+        return self.folder.name
+
+    @property
+    def data_dir(self) -> Path:
+        """Prepared data, a DVC output."""
+        return self.folder / "data"
+
+    @property
+    def runs_dir(self) -> Path:
+        """Checkpoints and predictions, one folder a model, DVC outputs."""
+        return self.folder / "runs"
+
+    @property
+    def results_dir(self) -> Path:
+        """Scores, verdict and figures of this profile, small and kept in git."""
+        return self.folder / "results" / self.profile
+
+
+def repo_root(start: Path | None = None) -> Path:
+    """The root of the repository: the nearest folder upward that holds both `pyproject.toml` and `papers/`.
+
+    Looks upward from `start` (default: the working directory), then from this file, so that commands given outside
+    of a checkout still find the one they were installed from.
+    """
+    for origin in (start or Path.cwd(), Path(__file__).parent):
+        for folder in (origin.resolve(), *origin.resolve().parents):
+            if (folder / "pyproject.toml").is_file() and (folder / "papers").is_dir():
+                return folder
+    raise UserError(
+        f"no Reprise checkout found upward of {start or Path.cwd()}: run this inside the repository "
+        "(the folder that holds pyproject.toml and papers/)"
+    )
+
+
+def data_root() -> Path:
+    """Where real data is looked for: `$REPRISE_DATA`, by default `data/` in the repository."""
+    value = os.environ.get("REPRISE_DATA")
+    return Path(value).expanduser().resolve() if value else repo_root() / "data"
+
+
+def read_yaml(path: Path) -> Any:
+    """Safe-load a YAML file; `UserError` names file, line and column of a mistake."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+
+
+def load_params(path: Path, schema: type[ParamsType], profile: str | None = None) -> tuple[str, ParamsType]:
+    """Read `params.yaml` and return the chosen profile's name and its validated section.
+
+    The file is `profile: <name>` followed by one section a profile; every section is checked, so that a misspelt key
+    in a profile that is not in use is found as well. `profile` overrides the file's choice.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict) or "profile" not in content:
+        raise UserError(f"{path} must be 'profile: <name>' followed by one section per profile")
+    sections = {name: section for name, section in content.items() if name != "profile"}
+    chosen = profile or content["profile"]
+    if chosen not in sections:
+        raise UserError(f"{path}: there is no profile {chosen!r}; choose one of {', '.join(map(str, sections))}")
+    loaded = {name: validate(schema, section, f"{path}, section {name!r}") for name, section in sections.items()}
+    return chosen, loaded[chosen]
+
+
+def validate(schema: type[ParamsType], value: Any, where: str) -> ParamsType:
+    """Check `value` against `schema`; on a mistake say where, which key, what was given and what is allowed."""
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        lines = [f"{where} is not valid:"]
+        for problem in error.errors(include_url=False):
+            key = ".".join(map(str, problem["loc"])) or "(the whole section)"
+            if problem["type"] == "extra_forbidden":
+                known = _known_keys(schema, problem["loc"][:-1])
+                lines.append(f"  {key}: unknown key; allowed here: {', '.join(known)}")
+            else:
+                lines.append(f"  {key}: {problem['msg']} (given: {problem['input']!r})")
+        raise UserError("\n".join(lines)) from None
+
+
+def _known_keys(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that `schema` allows at a location inside it, as far as the types name them."""
+    for part in location:
+        if isinstance(part, str) and part in schema.model_fields:
+            annotation = schema.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+            if models:
+                schema = models[0]
+    return sorted(schema.model_fields)

@@ -1,0 +1,1 @@
+"""Scores as one tidy table, statistics over seeds and test items, and metrics of fields."""
