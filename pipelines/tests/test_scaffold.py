@@ -73,7 +73,8 @@ def test_copies_code_but_no_outputs(root: Path) -> None:
     assert tree(folder) == ["README.md", "data.py", "paper.yaml", "tests/data/tiny.csv"]
     readme = (folder / "README.md").read_text()
     assert "old" not in readme
-    assert readme.startswith("# A paper") and readme.endswith("<!-- results:end -->\nThanks.\n")
+    assert readme.startswith("# A paper")
+    assert readme.endswith("<!-- results:end -->\nThanks.\n")
 
 
 def test_stage_joins_the_pipeline_and_comments_stay(root: Path) -> None:

@@ -80,9 +80,9 @@ def field_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 def relative_l2(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of ||prediction - target||_2 / ||target||_2, all other axes flattened; a scalar, for training.
+    """Mean over the batch of ||prediction - target||_2 / ||target||_2, all other axes flattened; a scalar.
 
-    Takes fields of any shape [batch, ...].
+    The usual training loss; takes fields of any shape [batch, ...].
     """
     if prediction.shape != target.shape or prediction.ndim < 2:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must be [batch, ...]")

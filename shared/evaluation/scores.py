@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import math
 import os
@@ -57,11 +58,14 @@ def read_scores(path: Path) -> pd.DataFrame:
 
     again = "run the paper's evaluate stage again to make it anew"
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the paper in this profile first (dvc repro)") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a table of scores ({error}): {again}") from None
+    if not text.endswith("\n") or frame.isna().any(axis=None):
+        raise UserError(f"{path} is cut off: {again}")
     for column in frame.columns.difference(list(NAMES)):
         try:
             numbers = frame[column].replace("", "nan").astype(float)
@@ -73,7 +77,7 @@ def read_scores(path: Path) -> pd.DataFrame:
             if column == "value" and (frame[column] == "").any():
                 raise UserError(f"{path} has a row without a value: {again}")
             frame[column] = numbers
-    return _checked(frame, f"{path}").reset_index(drop=True)
+    return _checked(frame, str(path)).reset_index(drop=True)
 
 
 def further_columns(frame: pd.DataFrame) -> list[str]:

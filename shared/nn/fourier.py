@@ -11,6 +11,7 @@ of a training step against the usual channels-first FFT (see benchmarks/models.p
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
 
@@ -207,7 +208,7 @@ def _spectral_dft_2d(x: Tensor, weight: Tensor) -> Tensor:
     analysis, _, synthesis = _dft_matrices(ny, columns, x.device, x.dtype)
     analysis_x, synthesis_x = _complex_dft_matrices(nx, rows - columns, columns, x.device, x.dtype)
     # [nx, ny, b·c] → [nx, (ky, part), b·c] → [(kx, part), ky·b·c]
-    spectrum = analysis @ x.reshape(nx, ny, batch * in_channels)
+    spectrum = torch.bmm(analysis.expand(nx, -1, -1), x.reshape(nx, ny, batch * in_channels))
     spectrum = spectrum.view(nx, columns, 2, -1).transpose(1, 2).reshape(2 * nx, columns * batch * in_channels)
     spectrum = (analysis_x @ spectrum).view(rows, 2, columns, batch, in_channels)
     real, imaginary = spectrum.unbind(1)
@@ -221,7 +222,7 @@ def _spectral_dft_2d(x: Tensor, weight: Tensor) -> Tensor:
     )
     product = synthesis_x @ product.view(2 * rows, columns * batch * out_channels)
     product = product.view(nx, 2, columns, -1).transpose(1, 2).reshape(nx, 2 * columns, batch * out_channels)
-    return (synthesis @ product).view(nx, ny, batch, out_channels)
+    return torch.bmm(synthesis.expand(nx, -1, -1), product).view(nx, ny, batch, out_channels)
 
 
 @lru_cache(maxsize=64)
@@ -278,8 +279,9 @@ def _promote(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), weight.to(dtype)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _positive(name: str, value: int) -> int:
