@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,6 +181,9 @@ def _comparison(check: Check, scores: pd.DataFrame, dataset: str, models: tuple[
         sample = _paired(check, models, rows)
         quantity = _quantity(check, models, sample)
         verdict, reason = _decide(quantity, certain=check.deterministic)
+        scored = max(table["seed"].nunique() for table in rows)
+        if sample.seeds < scored and not check.deterministic:
+            reason += f" (of {scored} seeds, the {sample.seeds} that the models share)"
     except _NotJudged as problem:
         verdict, reason = "inconclusive", str(problem)
     estimated: dict[str, Any] = {}
@@ -239,10 +242,12 @@ def _rows(check: Check, scores: pd.DataFrame, dataset: str, model: str) -> pd.Da
 
 
 def _matches(column: pd.Series, entries: Iterable[float | str]) -> pd.Series:
-    if column.dtype.kind in "fi":
-        # A parameter such as 0.1 may have passed through single precision.
-        return column.map(lambda value: any(math.isclose(value, float(entry), rel_tol=1e-6) for entry in entries))
-    return column.isin([str(entry) for entry in entries])
+    return column.map(_entry_text).isin([_entry_text(entry) for entry in entries])
+
+
+def _entry_text(entry: float | str) -> str:
+    # A parameter such as 0.1 may have passed through single precision.
+    return f"{entry:.6g}" if isinstance(entry, float) else str(entry)
 
 
 def _assert_finite(metric: str, model: str, rows: pd.DataFrame) -> None:
@@ -254,36 +259,22 @@ def _assert_finite(metric: str, model: str, rows: pd.DataFrame) -> None:
 
 def _paired(check: Check, models: tuple[str, ...], rows: Sequence[pd.DataFrame]) -> _Sample:
     """Join the models' rows on everything that they share, and reduce them to one value a seed and item."""
-    table = None
-    for index, (model, side) in enumerate(zip(models, rows, strict=True)):
-        side = side.rename(columns={"value": index})
-        if model in check.seedless:
-            if side["seed"].nunique() > 1:
-                raise UserError(f"{model} is called seedless, but scores.csv has several seeds of it")
-            side = side.drop(columns="seed") if len(models) > 1 else side
-        if table is None:
-            table = side
-        else:
-            keys = [column for column in side.columns if column in table.columns]
-            table = table.merge(side, on=keys) if keys else table.merge(side, how="cross")
+    table = _joined(check, models, rows)
     sides = list(range(len(models)))
-    if table.empty:
-        raise _NotJudged(f"{' and '.join(models)} have no seed in common")
-    if check.deterministic:
-        return _single(check, models, table)
     has_items = "item" in table and table["item"].notna().all()
     units = ["seed", "item"] if has_items else ["seed"]
     if isinstance(check, Trend):
         values = _trends(check, table, units)
+    elif check.deterministic:
+        _assert_one_value(check, models, table)
+        values = table.groupby(units)[sides].first().iloc[:1]
     else:
         values = table.groupby(units)[sides].mean()
     seeds = values.index.get_level_values("seed").nunique()
     items = values.index.get_level_values("item").nunique() if has_items else 0
-    if max(seeds, items) < MIN_UNITS:
-        raise _NotJudged(
-            f"{seeds} seed{'s' * (seeds != 1)}{' in common' * (len(models) > 1)}"
-            f"{f' and {items} test items' if items else ''}: a verdict needs at least {MIN_UNITS}"
-        )
+    if max(seeds, items) < MIN_UNITS and not check.deterministic:
+        counted = f"{seeds} seed{'s' * (seeds != 1)}" + (f" and {items} test items" if has_items else "")
+        raise _NotJudged(f"{counted}{' in common' * (len(models) > 1)}: a verdict needs at least {MIN_UNITS}")
     if len(values) == seeds * items:
         return _Sample(tuple(values[side].unstack("item").to_numpy() for side in sides), seeds, items)
     if has_items and seeds >= MIN_UNITS:
@@ -292,16 +283,33 @@ def _paired(check: Check, models: tuple[str, ...], rows: Sequence[pd.DataFrame])
     return _Sample(tuple(values[side].to_numpy() for side in sides), seeds, items)
 
 
-def _single(check: Check, models: tuple[str, ...], table: pd.DataFrame) -> _Sample:
+def _joined(check: Check, models: tuple[str, ...], rows: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The models' values side by side, in columns 0 and 1; seedless models stand beside every seed of the others."""
+    with_seeds = [model for model in models if model not in check.seedless]
+    tables = []
+    for side, (model, table) in enumerate(zip(models, rows, strict=True)):
+        table = table.rename(columns={"value": side})
+        if model in check.seedless:
+            if table["seed"].nunique() > 1:
+                raise UserError(f"{model} is called seedless, but scores.csv has several seeds of it")
+            table = table.drop(columns="seed") if with_seeds else table
+        tables.append(table)
+    joined = tables[0]
+    for table in tables[1:]:
+        keys = [column for column in table.columns if column in joined.columns]
+        joined = joined.merge(table, on=keys) if keys else joined.merge(table, how="cross")
+    if joined.empty:
+        raise _NotJudged(f"{' and '.join(models)} have no seed in common")
+    return joined
+
+
+def _assert_one_value(check: Check, models: tuple[str, ...], table: pd.DataFrame) -> None:
     for side, model in enumerate(models):
-        if table[side].nunique() > 1 and not isinstance(check, Trend):
+        if table[side].nunique() > 1:
             raise UserError(
-                f"{check.metric} of {model} is called deterministic, but scores.csv has different values of it "
-                f"({table[side].min():.6g} to {table[side].max():.6g}): leave 'deterministic' out"
+                f"{check.metric} of {model} is called deterministic, but scores.csv has different values of it, "
+                f"{table[side].min():.6g} to {table[side].max():.6g}: leave 'deterministic' out"
             )
-    if isinstance(check, Trend):
-        return _Sample((_trends(check, table.assign(seed=0), ["seed"])[0].to_numpy(),), 1, 0)
-    return _Sample(tuple(table[side].to_numpy()[:1] for side in range(len(models))), table["seed"].nunique(), 0)
 
 
 def _trends(check: Trend, table: pd.DataFrame, units: list[str]) -> pd.DataFrame:
@@ -419,8 +427,7 @@ def _assert_known(check: Check, scores: pd.DataFrame) -> None:
         _assert_among(column, further_columns(scores), "further column")
     for column, entries in check.where.items():
         for entry in entries:
-            if not _matches(scores[column].dropna(), [entry]).any():
-                _assert_among(str(entry), scores[column].dropna().astype(str), f"entry of {column}")
+            _assert_among(_entry_text(entry), scores[column].dropna().map(_entry_text), f"entry of {column}")
     if isinstance(check, Trend) and scores[check.along].dtype.kind not in "fi":
         raise UserError(f"a trend needs numbers along {check.along}, which has others")
 

@@ -35,7 +35,7 @@ class _Check(Strict):
 
     metric: Text
     datasets: Annotated[Names, Field(min_length=1)]
-    where: dict[str, Entries] = {}
+    where: dict[str, Entries] = Field(default_factory=dict)
     require: Literal["all", "any", "majority"] = "all"
     deterministic: bool = False
     seedless: Names = ()
@@ -195,11 +195,12 @@ class Code(Strict):
 
 
 class DataFile(Strict):
-    """A file of a data source; `sha256` and `size` (bytes) are null where the source does not publish them."""
+    """A file of a data source; checksums and `size` (bytes) are null where the source does not publish them."""
 
     name: Text
     url: Text
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
     size: Annotated[int, Field(ge=0)] | None = None
 
 

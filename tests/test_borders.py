@@ -41,9 +41,10 @@ def violations(root: Path) -> list[str]:
                     found.append(where)
                 elif top == "papers":
                     found.append(f"{where}: papers are loaded by name, and reach themselves by relative imports")
-                elif room == "kernels" and not inside_tests and path.name != "bench.py":
-                    if top not in KERNELS_MAY_IMPORT:
-                        found.append(f"{where}: kernels import torch and triton only")
+                elif (
+                    room == "kernels" and not inside_tests and path.name != "bench.py" and top not in KERNELS_MAY_IMPORT
+                ):
+                    found.append(f"{where}: kernels import torch and triton only")
     return found
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from shared.config import UserError
-from shared.nn import ChannelMask, SpectralConv1d, SpectralConv2d, per_channel
+from shared.nn import ChannelMask, SpectralConv1d, SpectralConv2d, per_channel, pointwise_conv
 
 
 class CAPE(nn.Module):
@@ -55,27 +56,33 @@ class CAPE(nn.Module):
         largest = min(grid_shape[0] if dimensions == 2 else math.inf, grid_shape[-1] // 2 + pool) // pool
         if modes > largest:
             raise UserError(f"CAPE keeps {modes} modes, but its averaged grid has {largest}: lower cape_modes")
-        half, padding = width // 2, kernel_size // 2
+        half = width // 2
         self.grid_shape = tuple(grid_shape)
         self.pool = pool
-        self.embed = conv(channels, half, kernel_size, padding=padding, bias=False)
+        self.embed = conv(channels, half, kernel_size, padding="same", bias=False)
         self.masks = nn.ModuleList(ChannelMask(num_parameters, width, half) for _ in range(3))
         self.spectral = spectral(half, width, modes)
-        self.pointwise = conv(half, width, 1)
-        self.depthwise = conv(half, width, kernel_size, padding=padding, groups=half, bias=False)
-        self.skip = conv(half, width, 1)
-        self.project = conv(width, channels, 1)
+        self.pointwise = nn.Linear(half, width)
+        self.depthwise = conv(half, width, kernel_size, padding="same", groups=half, bias=False)
+        self.skip = nn.Linear(half, width)
+        self.project = nn.Linear(width, channels)
         self.norm = nn.LayerNorm(self.grid_shape)
 
     def forward(self, u: Tensor, parameters: Tensor) -> Tensor:
         if u.shape[2:] != self.grid_shape:
             raise UserError(f"this CAPE module is tied to the grid {self.grid_shape} (given: {tuple(u.shape[2:])})")
         parameters = condition(parameters, len(self.grid_shape))
-        y = functional.gelu(self.embed(u))
-        m0, m1, m2 = (per_channel(mask(parameters), u) for mask in self.masks)
-        z = m1 * self.pointwise(y) + m2 * self.depthwise(y) + self.skip(y)
-        z = z + self._upsample(m0 * self.spectral(self._average(y)))
-        z = self.norm(self.project(functional.gelu(z)))
+        m0, m1, m2 = (mask(parameters) for mask in self.masks)
+        y = functional.gelu(_conv(self.embed, u))
+        # The masked pointwise convolution and the skip are both linear in y: one convolution with a weight a sample.
+        z = pointwise_conv(
+            y,
+            m1[:, :, None] * self.pointwise.weight + self.skip.weight,
+            m1 * self.pointwise.bias + self.skip.bias,
+        )
+        z = torch.addcmul(z, per_channel(m2, y), _conv(self.depthwise, y))
+        z = z + self._upsample(per_channel(m0, y) * self.spectral(self._average(y)))
+        z = self.norm(pointwise_conv(functional.gelu(z), self.project.weight, self.project.bias))
         return u + z if len(self.grid_shape) == 1 else u * (1 + z)
 
     def _average(self, y: Tensor) -> Tensor:
@@ -87,9 +94,9 @@ class CAPE(nn.Module):
 
 
 class CAPEModel(nn.Module):
-    """A base network led by CAPE: u^{k+1} = Mix(Base([u^k, û^{k+1}])), with Mix a 1×1 convolution (section 3.1).
+    """A base network led by CAPE: u^{k+1} = Mix(Base([u^k, û^{k+1}])), Mix being a 1×1 convolution (section 3.1).
 
-    `base` maps twice the channels to twice the channels.
+    `base` maps twice the channels to twice the channels. Prediction and guess are `[batch, channels, *grid]`.
     """
 
     frames_in = 1
@@ -99,4 +106,28 @@ class CAPEModel(nn.Module):
         super().__init__()
         self.base = base
         self.cape = cape
-        self.mix = (nn.Conv1d if len(cape.grid_shape) == 1 else nn.Conv2d)(2 * channels, channels, 1)
+        self.mix = nn.Linear(2 * channels, channels)
+
+    def forward(self, history: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        guess = self.cape(history, parameters)
+        prediction = self.base(torch.cat([history, guess], dim=1), parameters)
+        return pointwise_conv(prediction, self.mix.weight, self.mix.bias), guess
+
+
+def condition(parameters: Tensor, dimensions: int) -> Tensor:
+    """The parameters as networks see them: λ itself in one dimension, λ/(1 + λ), the sigmoid of log λ, in two."""
+    return parameters if dimensions == 1 else parameters / (1 + parameters)
+
+
+def _conv(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution without bias, zero padding to the same size; on CPU in one dimension as a matrix product.
+
+    The library's convolution with few inputs and two outputs a group takes twice as long there.
+    """
+    if x.device.type != "cpu" or x.ndim != 3:
+        return conv(x)
+    (batch, channels, n), (kernel_size,), groups = x.shape, conv.kernel_size, conv.groups
+    windows = functional.pad(x, (kernel_size // 2, kernel_size // 2)).unfold(2, kernel_size, 1)
+    windows = windows.permute(1, 3, 0, 2).reshape(groups, channels // groups * kernel_size, batch * n)
+    weight = conv.weight.reshape(groups, conv.out_channels // groups, -1)
+    return torch.bmm(weight, windows).view(-1, batch, n).transpose(0, 1)

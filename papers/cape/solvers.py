@@ -1,8 +1,9 @@
 """Reference solvers for the paper's three equations, and the random initial conditions that they start from.
 
-Everything is vectorized over samples and computed in float64; solutions are returned in float32 unless told otherwise. The domain is the unit
-interval or square, periodic, and values belong to cell centers. Every sample keeps its own clock and its own time step,
-so that a sample's solution does not depend on which others share its batch: any subset can be computed alone.
+Everything is vectorized over samples and computed in float64; solutions are returned in float32 unless told otherwise.
+The domain is the unit interval or square, periodic, and values belong to cell centers. Every sample keeps its own clock
+and its own time step, so that its solution does not depend on which samples share its batch: any subset can be computed
+alone.
 
 Sources: Takamoto et al., "Learning Neural PDE Solvers with Parameter-Guided Channel Attention" (2023), and the
 benchmark that it takes its data from, Takamoto et al., "PDEBench" (2022), appendix D.

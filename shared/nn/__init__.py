@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.nn.conditioning import ChannelMask, FiLM, constant_channels, per_channel
+from shared.nn.conditioning import ChannelMask, FiLM, constant_channels, per_channel, pointwise_conv
 from shared.nn.fourier import FNO1d, FNO2d, SpectralConv1d, SpectralConv2d
 from shared.nn.unet import UNet1d, UNet2d
 
@@ -17,4 +17,5 @@ __all__ = [
     "UNet2d",
     "constant_channels",
     "per_channel",
+    "pointwise_conv",
 ]

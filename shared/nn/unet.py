@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -37,7 +38,7 @@ class _UNet(nn.Module):
             self._block(narrow, wide, padding) for narrow, wide in zip([in_channels, *widths], widths, strict=False)
         )
         self.pool = self.max_pool(2)
-        pairs = list(zip(widths, widths[1:], strict=False))[::-1]
+        pairs = list(pairwise(widths))[::-1]
         self.upsamplers = nn.ModuleList(self.conv_transpose(wide, narrow, 2, stride=2) for narrow, wide in pairs)
         self.decoders = nn.ModuleList(self._block(2 * narrow, narrow, padding) for narrow, _ in pairs)
         self.head = self.conv(widths[0], out_channels, 1)
