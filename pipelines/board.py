@@ -15,14 +15,12 @@ from typing import Any
 
 from pipelines.claims import OUTCOMES, ClaimVerdict, Comparison
 from pipelines.papers import Claim, Paper, find_papers, load_paper
-from shared.config import UserError, read_yaml, validate
+from pipelines.verdict import SYMBOLS, load_metrics, load_verdict, profiles_by_strength
+from shared.config import UserError, read_yaml
 from shared.files import write_json, write_text
 
-SYMBOLS = {"holds": "✔", "contradicted": "✘", "inconclusive": "~", "untested": "–"}
 BEGIN, END = "<!-- board:begin -->", "<!-- board:end -->"
 EXPERIMENT = "scoreboard"
-# From weakest to strongest; a profile of any other name counts as the weakest.
-PROFILES = ("small", "real", "long", "gpu", "paper")
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,6 @@ class Result:
     stale: str | None
     verdicts: dict[str, ClaimVerdict]
     figures: tuple[Path, ...]
-
-    @property
-    def strength(self) -> tuple[bool, int]:
-        """Real data before a stand-in, larger before smaller: the greater, the stronger."""
-        rank = PROFILES.index(self.profile) if self.profile in PROFILES else -1
-        return self.data_source.lower().startswith("real"), rank
 
 
 @dataclass(frozen=True)
@@ -122,29 +114,27 @@ def _entry(root: Path, folder: Path) -> Entry:
         return None
 
     paper = attempt(load_paper, folder)
-    results = [attempt(_result, folder, path.parent) for path in sorted(folder.glob("results/*/metrics.json"))]
-    results = sorted((result for result in results if result), key=lambda result: result.strength, reverse=True)
-    return Entry(folder.name, folder, paper, tuple(results), tuple(errors))
+    profiles = attempt(profiles_by_strength, folder) or []
+    results = [attempt(_result, folder, profile) for profile in profiles]
+    return Entry(folder.name, folder, paper, tuple(filter(None, results)), tuple(errors))
 
 
-def _result(folder: Path, results: Path) -> Result:
-    metrics = _read_json(results / "metrics.json")
+def _result(folder: Path, profile: str) -> Result:
+    verdict, metrics = load_verdict(folder, profile), load_metrics(folder, profile)
+    results = folder / "results" / profile
     try:
-        verdict_file = results / "verdict.json"
-        claims = _read_json(verdict_file)["claims"] if verdict_file.exists() else []
-        verdicts = [validate(ClaimVerdict, claim, str(verdict_file)) for claim in claims]
         return Result(
-            profile=results.name,
+            profile=profile,
             data_source=str(metrics["data_source"]),
             device=str(metrics["device"]),
             wall_time_seconds=float(metrics["wall_time_seconds"]),
             created=str(metrics["created"]),
-            stale=_stale(folder, results.name, metrics["digest"]),
-            verdicts={verdict.id: verdict for verdict in verdicts},
+            stale=_stale(folder, profile, metrics["digest"]),
+            verdicts={claim.id: claim for claim in verdict.claims},
             figures=tuple(sorted(results.glob("*.png"))),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{results}: metrics.json or verdict.json is not what it should be: {error!r}") from None
+        raise UserError(f"{results / 'metrics.json'} lacks an entry or has one of the wrong kind: {error!r}") from None
 
 
 def _stale(folder: Path, profile: str, digests: dict[str, str]) -> str | None:
@@ -339,12 +329,12 @@ def _claim_view(entry: Entry, judged: Judged) -> dict[str, Any]:
 
 def _numbers_view(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Comparisons grouped by what they measure, each group drawn on one scale."""
-    groups: dict[tuple[str, str], list[Comparison]] = {}
+    groups: dict[tuple[str, str | None], list[Comparison]] = {}
     for comparison in comparisons:
         groups.setdefault((comparison.metric, comparison.quantity), []).append(comparison)
     return [
         {
-            "heading": metric if quantity == "none" else f"{metric}: {quantity} [95 % interval]",
+            "heading": f"{metric}: {quantity} [95 % interval]" if quantity else metric,
             "rows": _rows_view(group),
         }
         for (metric, quantity), group in groups.items()
@@ -365,7 +355,7 @@ def _rows_view(group: Sequence[Comparison]) -> list[dict[str, Any]]:
     for row in group:
         view: dict[str, Any] = {
             "dataset": row.dataset,
-            "models": f"{row.model} over {row.over}" if row.over else row.model,
+            "models": " against ".join(f"{model} {_number(mean)}" for model, mean in row.means.items()) or row.model,
             "value": row.reason,
             "verdict": row.verdict,
             "plot": None,
@@ -373,20 +363,26 @@ def _rows_view(group: Sequence[Comparison]) -> list[dict[str, Any]]:
         if row.estimate is not None:
             low = row.estimate if row.low is None else row.low
             high = row.estimate if row.high is None else row.high
-            view["value"] = _number(row.estimate) + (f" [{_number(low)}, {_number(high)}]" if low != high else "")
+            percent = row.quantity == "improvement"
+            value, *interval = (_number(number, percent=percent) for number in (row.estimate, low, high))
+            view["value"] = f"{value} [{', '.join(interval)}]" if low != high else value
+            # An open side of the claimed range lies beyond the edge, where its border is not seen.
             view["plot"] = {
                 "dot": place(row.estimate),
                 "low": place(low),
                 "width": round(place(high) - place(low), 2),
-                "from": 0 if row.at_least is None else place(row.at_least),
-                "to": 100 if row.at_most is None else place(row.at_most),
+                "from": -5 if row.at_least is None else place(row.at_least),
+                "to": 105 if row.at_most is None else place(row.at_most),
             }
         rows.append(view)
     return rows
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+def _number(value: float | None, *, percent: bool = False) -> str:
+    if value is None:
+        return "not finite"
+    text = f"{100 * value:.3g} %" if percent else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("-", "−")
 
 
 def _figures_view(result: Result) -> dict[str, Any]:

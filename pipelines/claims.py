@@ -142,6 +142,13 @@ def combine(outcomes: Sequence[Outcome], require: str) -> Outcome:
     return "contradicted" if len(outcomes) - outcomes.count("contradicted") < needed else "inconclusive"
 
 
+def range_text(at_least: float | None, at_most: float | None, *, strict: bool = False) -> str:
+    """A range in words, such as `≥ 0.9 and ≤ 1.1`; `strict` leaves its ends out."""
+    signs = ("> ", "< ") if strict else ("≥ ", "≤ ")
+    bounds = zip(signs, (at_least, at_most), strict=True)
+    return " and ".join(f"{sign}{bound:.4g}" for sign, bound in bounds if bound is not None)
+
+
 def _out_of_profile(claim: Claim, profile: str) -> str | None:
     if claim.profiles and profile not in claim.profiles:
         return f"not part of profile {profile}; tested in {', '.join(claim.profiles)}"
@@ -157,7 +164,7 @@ def _closed_gate(gate: Gate | None, scores: pd.DataFrame) -> str | None:
     mean = float(overall(_select(scores, gate.metric, gate.dataset, gate.model))["value"].mean(skipna=False))
     if (gate.at_least is None or mean >= gate.at_least) and (gate.at_most is None or mean <= gate.at_most):
         return None
-    needed = _range_text(gate.at_least, gate.at_most)
+    needed = range_text(gate.at_least, gate.at_most)
     return f"gate not passed: {gate.metric} of {gate.model} on {gate.dataset} is {mean:.3g}, needed is {needed}"
 
 
@@ -391,15 +398,9 @@ def _decide(quantity: _Quantity, *, certain: bool) -> tuple[Outcome, str]:
     if quantity.strict:
         inside = floor < interval.low and interval.high < ceiling
     outside = interval.high < floor or interval.low > ceiling or (certain and not inside)
-    claimed = _range_text(quantity.at_least, quantity.at_most, strict=quantity.strict)
+    claimed = range_text(quantity.at_least, quantity.at_most, strict=quantity.strict)
     text = f"{quantity.name} {interval.estimate:.3g} [{interval.low:.3g}, {interval.high:.3g}], claimed {claimed}"
     return ("holds" if inside else "contradicted" if outside else "inconclusive"), text
-
-
-def _range_text(at_least: float | None, at_most: float | None, *, strict: bool = False) -> str:
-    signs = ("> ", "< ") if strict else ("≥ ", "≤ ")
-    bounds = zip(signs, (at_least, at_most), strict=True)
-    return " and ".join(f"{sign}{bound:.4g}" for sign, bound in bounds if bound is not None)
 
 
 def _summary(comparisons: Sequence[Comparison]) -> str:

@@ -39,7 +39,9 @@ def run_stage(folder: Path, name: str, model: str | None = None) -> None:
     description = readme.read_text(encoding="utf-8") if readme.exists() else None
     with (
         tracking.deliver(),
-        tracking.start_run(folder.name, title, description=description, params=flatten(params), tags=tags) as run,
+        tracking.start_run(
+            folder.name, title, experiment_description=description, params=flatten(params), tags=tags
+        ) as run,
         _measured() as measured,
     ):
         function(Stage(folder, name, profile, params, model, run))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.claims import OUTCOMES, ClaimVerdict, Comparison, Outcome, judge_claim
+from pipelines.claims import OUTCOMES, ClaimVerdict, Comparison, Outcome, judge_claim, range_text
 from pipelines.papers import Beats, Paper, load_paper
 from shared.config import Strict, UserError, read_yaml, validate
 from shared.evaluation.scores import overall, read_scores
@@ -27,6 +27,8 @@ STYLES: dict[Outcome, str] = {"holds": "green", "contradicted": "red", "inconclu
 # From the weakest evidence to the strongest, among profiles with the same kind of data.
 PROFILES_BY_SIZE = ("small", "real", "long", "gpu", "paper")
 REAL_DATA_PROFILES = ("real", "paper")
+# The profile of the tests: never evidence, hence never shown.
+TEST_PROFILE = "tiny"
 # Comparisons shown of a claim; verdict.json has them all.
 MAX_SHOWN = 6
 
@@ -50,7 +52,7 @@ def judge(folder: Path, profile: str | None = None) -> Verdict:
     """
     paper = load_paper(folder)
     profile = _known_profile(folder, paper, profile)
-    scores = read_scores(folder / "results" / profile / "scores.csv")
+    scores = _all_scores(folder, profile)
     claims, problems = [], []
     for claim in paper.claims:
         try:
@@ -66,9 +68,27 @@ def judge(folder: Path, profile: str | None = None) -> Verdict:
     return Verdict(paper=folder.name, profile=profile, claims=tuple(claims))
 
 
+def _all_scores(folder: Path, profile: str) -> pd.DataFrame:
+    """The profile's scores.csv, and costs.csv if there is one.
+
+    The latter has the same columns and holds what no two runs measure alike, such as times, so that scores.csv can be
+    reproduced digit for digit.
+    """
+    import pandas as pd
+
+    results = folder / "results" / profile
+    tables = [read_scores(results / "scores.csv")]
+    if (results / "costs.csv").is_file():
+        tables.append(read_scores(results / "costs.csv"))
+    return pd.concat(tables, ignore_index=True)
+
+
 def write_verdict(folder: Path, profile: str | None = None) -> Verdict:
     """Judge a profile, write its verdict.json and the README's results, and tag the run that was evaluated."""
     verdict = judge(folder, profile)
+    if verdict.profile == TEST_PROFILE:
+        write_json(folder / "results" / verdict.profile / "verdict.json", verdict.model_dump(mode="json"))
+        return verdict
     readme = folder / "README.md"
     text = _read_readme(readme)
     others = [load_verdict(folder, name) for name in profiles_by_strength(folder) if name != verdict.profile]
@@ -94,7 +114,7 @@ def load_metrics(folder: Path, profile: str) -> dict[str, Any]:
 def profiles_by_strength(folder: Path) -> list[str]:
     """The profiles that have a verdict, the strongest evidence first."""
     profiles = [path.parent.name for path in (folder / "results").glob("*/verdict.json")]
-    return _by_strength(folder, profiles)
+    return _by_strength(folder, [profile for profile in profiles if profile != TEST_PROFILE])
 
 
 def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
@@ -258,13 +278,17 @@ def _numbers(comparison: Comparison) -> str:
     if comparison.quantity is None:
         return f"{text}; {comparison.reason}"
     numbers = (comparison.estimate, comparison.low, comparison.high)
-    if comparison.quantity == "improvement":
-        value, low, high = (f"{100 * number:+.3g} %" for number in numbers)
-    else:
-        value, low, high = map(_number, numbers)
+    value, low, high = map(_percent if comparison.quantity == "improvement" else _number, numbers)
     interval = f" [{low}, {high}]" if comparison.low != comparison.high else ""
     # The mean stands beside its model already.
-    return f"{text}{interval}" if comparison.quantity == "mean" else f"{text}; {comparison.quantity} {value}{interval}"
+    text += interval if comparison.quantity == "mean" else f"; {comparison.quantity} {value}{interval}"
+    if comparison.kind in ("ratio", "equals", "threshold"):
+        text += f", claimed {range_text(comparison.at_least, comparison.at_most)}"
+    return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.0f} %" if abs(share) >= 0.1 else f"{100 * share:+.1f} %"
 
 
 def _number(value: float | None) -> str:

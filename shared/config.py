@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -123,17 +125,27 @@ def validate(schema: type[ParamsType], value: Any, where: str) -> ParamsType:
                 known = _known_keys(schema, problem["loc"][:-1])
                 lines.append(f"  {key}: unknown key; allowed here: {', '.join(known)}")
             else:
-                lines.append(f"  {key}: {problem['msg']} (given: {problem['input']!r})")
+                given = "" if problem["type"] == "missing" else f" (given: {reprlib.repr(problem['input'])})"
+                lines.append(f"  {key}: {problem['msg'].removeprefix('Value error, ')}{given}")
         raise UserError("\n".join(lines)) from None
 
 
 def _known_keys(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The keys that `schema` allows at a location inside it, as far as the types name them."""
+    candidates = [schema]
     for part in location:
-        if isinstance(part, str) and part in schema.model_fields:
-            annotation = schema.model_fields[part].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-            if models:
-                schema = models[0]
-    return sorted(schema.model_fields)
+        fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
+        if fields:
+            candidates = list(_models_in(fields[0].annotation)) or candidates
+        elif isinstance(part, str):
+            # Pydantic names the member of a tagged union by its tag.
+            tagged = [c for c in candidates if any(part in get_args(f.annotation) for f in c.model_fields.values())]
+            candidates = tagged or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

@@ -20,6 +20,7 @@ with `x-coordinate`, `t-coordinate` (and `y-coordinate`) beside them, and parame
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -28,7 +29,7 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ class Piece:
 def prepare(stage: Stage) -> None:
     """Write the data of `stage.params.equations` under `stage.data_dir`, what is already there and valid excepted.
 
-    `stage.params.seed` seeds the generation, in `stage.params.workers` processes; their number does not change the data.
+    `stage.params.seed` seeds the generation, done by `stage.params.workers` processes, which do not change the data.
     """
     try:
         equations = check_equations(stage.params.equations)
@@ -208,10 +209,15 @@ def prepare(stage: Stage) -> None:
         raise UserError(f"equations: {error}") from None
     try:
         _prepare(stage.data_dir, equations, stage.params.seed, stage.params.workers)
+    except BrokenExecutor:
+        raise UserError(
+            "a process that prepared data was killed, perhaps for want of memory; lower workers and run prepare "
+            "again, it continues where it stopped"
+        ) from None
     except OSError as error:
         raise UserError(
-            f"cannot write the prepared data under {stage.data_dir}: {error}; make room or mend the permissions and run "
-            "prepare again, it continues where it stopped"
+            f"cannot write the prepared data under {stage.data_dir}: {error}; make room or mend the permissions and "
+            "run prepare again, it continues where it stopped"
         ) from None
 
 
@@ -356,6 +362,7 @@ def regime(parameters: Parameters, train_parameters: Sequence[Parameters]) -> Li
     return "interpolated" if inside else "extrapolated"
 
 
+@functools.cache
 def _code_digest() -> str:
     """Digest of the code that makes the data, comments and formatting aside."""
     digest = hashlib.sha256()
@@ -530,7 +537,7 @@ def _official_file(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path} is missing, truncated or not one of PDEBench's files ({error}); "
             f"fetch it again with: reprise data fetch {path.parent.name}"

@@ -297,18 +297,19 @@ def solve_navier_stokes(
 ) -> NDArray[np.floating]:
     """Solve the two-dimensional compressible Navier–Stokes equations of an ideal gas with γ = 5/3.
 
-    `initial` is [samples, 4, x, y] at t = 0: density, pressure, velocity along x and along y. The result is
+    `initial` is [samples, 4, x, y] at t = 0: density, pressure, velocity along x and along y. Cells are squares,
+    and the domain has unit length along x (hence along y too, where there are as many cells). The result is
     [samples, frames, 4, x/refinement, y/refinement], the conserved variables averaged over `refinement`² cells.
+
     Finite volumes: van Leer slopes of the primitive variables, HLLC fluxes, midpoint rule; after each step PDEBench's
-    density-weighted viscosity, sub-cycled. The viscosity is skipped below a shear viscosity of 1e-7.
+    density-weighted viscosity, sub-cycled, a splitting of first order in time. The viscosity is skipped below a shear
+    viscosity of 1e-7.
     """
     initial = np.asarray(initial, dtype=np.float64)
     times = _checked_times(times)
     num_samples, _, size_x, size_y = initial.shape
     _check_divides(size_x, refinement)
     _check_divides(size_y, refinement)
-    if size_x != size_y:
-        raise ValueError(f"the grid must be square, got {size_x} × {size_y} cells")
     coarse = (size_x // refinement, size_y // refinement)
     solution = np.empty((num_samples, len(times), 4, *coarse), dtype=dtype)
     for block in _blocks(num_samples, size_x * size_y):

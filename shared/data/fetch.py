@@ -7,6 +7,7 @@ is whole and its SHA-256 is right.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -203,48 +204,60 @@ def fetch(
     folder_name: str,
     sources: Iterable[DataSource],
     *,
+    only: Sequence[str] | None = None,
     convert: Converter | None = None,
     progress: bool = True,
     retry_delay: float = 1.0,
 ) -> list[Path]:
     """Download the official files that are not there yet, check them, convert them, and return their paths.
 
-    `convert(raw_folder, target_folder)`, where the paper has one, reads the official files and writes the layout that
-    the paper reads; its output joins the official files when it is complete, and it runs again only when they changed.
+    `only` names the files to take, by default all. `convert(raw_folder, target_folder)`, where the paper has one, reads
+    the official files and writes the layout that the paper reads; its output joins the official files when it is
+    complete, and it runs again only when they changed.
     Files of an open source are downloaded before a gated source is complained about. A failed try is repeated
     `RETRIES` times, after `retry_delay` seconds and then twice as long each time. `UserError` says what to do about a
     gate, no connection, an address that is gone, a wrong checksum, a full disk or an unwritable folder.
     """
     folder = data_folder(folder_name)
-    sources = list(sources)
     paths: list[Path] = []
-    closed: list[str] = []
-    for source in sources:
-        for file in source.files:
-            path = _inside(folder, file.name)
-            paths.append(path)
-            state, _, detail = _inspect(path, file, read=True)
-            if state in ("ok", "unknown"):
-                continue
-            if source.gate or not file.url:
-                closed.append(f"  {path}  ({source.name}: {detail or 'missing'})")
-            else:
-                _download(path, file, source, progress=progress, retry_delay=retry_delay)
+    closed: list[tuple[DataSource, Path, str]] = []
+    for source, file in _chosen(folder_name, sources, only):
+        path = _inside(folder, file.name)
+        paths.append(path)
+        state, _, detail = _inspect(path, file, read=True)
+        if state in ("ok", "unknown"):
+            continue
+        if source.gate or not file.url:
+            closed.append((source, path, detail or "missing"))
+        else:
+            _download(path, file, source, progress=progress, retry_delay=retry_delay)
     if closed:
-        raise UserError(_gate_message(folder_name, [source for source in sources if source.files], closed))
+        raise UserError(_gate_message(folder_name, closed))
     if convert is not None and paths:
         _convert(folder, paths, convert)
     return paths
 
 
-def _gate_message(folder_name: str, sources: Sequence[DataSource], closed: Sequence[str]) -> str:
+def _chosen(
+    folder_name: str, sources: Iterable[DataSource], only: Sequence[str] | None
+) -> list[tuple[DataSource, DataFile]]:
+    """The files of all sources, or those named in `only`, each with its source."""
+    files = {file.name: (source, file) for source in sources for file in source.files}
+    for name in only or ():
+        if name not in files:
+            close = difflib.get_close_matches(name, files, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UserError(f"{folder_name!r} has no file {name!r}{hint}; there are: {', '.join(files) or 'none'}")
+    return [files[name] for name in (only or files)]
+
+
+def _gate_message(folder_name: str, closed: Sequence[tuple[DataSource, Path, str]]) -> str:
     lines = [f"some files of {folder_name!r} cannot be downloaded without you:"]
-    for source in sources:
-        if source.gate:
-            lines.append(f"  {source.name} ({source.url}): {source.gate}")
-        elif any(not file.url for file in source.files):
-            lines.append(f"  {source.name}: get the files from {source.url}")
-    lines += ["Put the files here, then run the command again:", *closed]
+    # Several files share a source, which should say its piece once.
+    for source in {source.name: source for source, _, _ in closed}.values():
+        lines.append(f"  {source.name} ({source.url}): {source.gate or 'get the files there'}")
+    lines.append("Put the files here, then run the command again:")
+    lines += [f"  {path} ({state})" for _, path, state in closed]
     return "\n".join(lines)
 
 

@@ -66,6 +66,9 @@ def read_scores(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} is not a table of scores ({error}): {again}") from None
     if not text.endswith("\n") or frame.isna().any(axis=None):
         raise UserError(f"{path} is cut off: {again}")
+    if not isinstance(frame.index, pd.RangeIndex):
+        # pandas takes what stands before too few column names for an index.
+        raise UserError(f"{path} is not a table of scores (rows are longer than the header): {again}")
     for column in frame.columns.difference(list(NAMES)):
         try:
             numbers = frame[column].replace("", "nan").astype(float)

@@ -41,8 +41,8 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def constant_channels(values: Tensor, x: Tensor) -> Tensor:
-    """Append `values` `[batch, count]` to `x` `[batch, channels, *grid]` as channels that are constant in space."""
-    return torch.cat([x, per_channel(values, x).expand(-1, -1, *x.shape[2:])], dim=1)
+    """Put `values` `[batch, count]` before `x` `[batch, channels, *grid]` as channels that are constant in space."""
+    return torch.cat([per_channel(values, x).expand(-1, -1, *x.shape[2:]), x], dim=1)
 
 
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Delivery:
         ended = False
         for events, offset in spool.read_events(folder, progress.offset):
             self._send(run_id, folder, events)
-            ended = any(event["event"] == "end" for event in events)
+            ended = ended or any(event["event"] == "end" for event in events)
             if not ended:
                 spool.write_progress(folder, Progress(self._public_uri, run_id, offset))
             self.on_progress()

@@ -206,6 +206,14 @@ def test_gated_source_after_the_open_ones(server: Server, root: Path) -> None:
     assert get(gated, source(server)) == [root / "mine/closed.bin", root / "mine/raw/data.bin"]
 
 
+def test_only_some_files(server: Server, root: Path) -> None:
+    both = Source("set", [File("data.bin", server.url, SHA256), File("other.bin", server.url, SHA256)])
+    assert fetch("mine", [both], only=["other.bin"], progress=False) == [root / "mine/other.bin"]
+    assert files_in(root) == ["other.bin"]
+    with pytest.raises(UserError, match=r"no file 'othr.bin' \(did you mean 'other.bin'\?\); there are: data.bin"):
+        fetch("mine", [both], only=["othr.bin"], progress=False)
+
+
 def test_full_disk_and_unwritable_folder(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"disk that holds .* is full(.|\n)*REPRISE_DATA"):
         get(source(server, size=10**18))
