@@ -254,13 +254,13 @@ def _row(comparison: str, case: str, solver: str, num_samples: int, num_points: 
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
     """Bars of the speed relative to the plain version, and the cost of a sample over the resolution."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     versions = [row for row in rows if row["comparison"] == "versions"]
     labels = [f"{row['case']}\n{row['solver']} ({row['samples']} samples)" for row in versions]
     colors = ["C0" if str(row["case"]).startswith("Burgers") else "C1" for row in versions]
     bars = left.barh(labels, [float(str(row["ratio_to_plain"])) for row in versions], color=colors)
     left.bar_label(bars, [f"{row['ratio_to_plain']}×  ({row['samples_per_second']}/s)" for row in versions], padding=3)
-    left.margins(x=0.3)
+    left.set_xlim(right=1.5 * max(bar.get_width() for bar in bars))
     left.invert_yaxis()
     left.set_xlabel("samples per second, relative to the plain version")
     for equation, exponent, color in (("Burgers", 2, "C0"), ("Navier–Stokes", 3, "C1")):
@@ -273,7 +273,8 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     right.set_xscale("log", base=2)
     right.set_xlabel("cells per dimension")
     right.set_ylabel("seconds per sample")
-    right.legend()
+    right.legend(loc="upper left")
+    right.set_ylim(top=10 * right.get_ylim()[1])
     figure.suptitle(machine(), fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)

@@ -111,7 +111,7 @@ def all_models(nrmse: pd.DataFrame, equations: Sequence[str]) -> Figure:
 
 def over_time(nrmse: pd.DataFrame, equations: Sequence[str]) -> Figure:
     """Error as the rollout goes on: mean over seeds, band from the best to the worst seed."""
-    return _curves(nrmse, equations, "time", {equation: "time t" for equation in equations})
+    return _curves(nrmse, equations, "time", dict.fromkeys(equations, "time t"))
 
 
 def over_parameter(nrmse: pd.DataFrame, stage: Stage, equations: Sequence[str]) -> Figure:

@@ -40,7 +40,8 @@ def autoregressive_steps(schedule: Schedule, epoch: int, epochs: int, warmup: in
     "tanh" and "linear" go from pure teacher forcing (1: only the first frame follows its true predecessor in any case)
     to pure autoregression (`num_frames`) between the epochs `warmup` and `epochs`, with s = (epoch − warmup) /
     (epochs − warmup): t_ar = clip(int(num_frames · ½(1 + tanh((s − ½)/0.2))), 1, num_frames), or int(num_frames · s).
-    `num_frames` counts the first frame too. The others are constant; "push_forward" is a way of training of its own (see `rollout_loss`) and counts as 1.
+    `num_frames` counts the first frame too. The others are constant; "push_forward" is a way of training of its own
+    (see `rollout_loss`) and counts as 1.
     """
     if schedule not in get_args(Schedule):
         raise UserError(f"unknown schedule {schedule!r}; choose one of {', '.join(get_args(Schedule))}")

@@ -25,7 +25,7 @@ from .losses import autoregressive_steps, cape_loss, equation_residual, gradient
 
 
 def train(stage: Stage[Params]) -> None:
-    """Train `stage.model` wherever the profile lists it; weights to runs/<model>/<equation>/seed<n>/best.safetensors."""
+    """Train `stage.model` wherever the profile lists it; weights to runs/<model>/<equation>/seed<n>/."""
     if stage.model is None:
         raise UserError("train needs a model, such as: reprise run train --model fno_cape")
     parse_name(split_name(stage.model)[0])

@@ -183,17 +183,19 @@ def print_statuses(folder_name: str, statuses: Sequence[FileStatus]) -> None:
 
     colors = {"ok": "green", "present": "green", "missing": "yellow", "unknown": "yellow", "corrupt": "red"}
     table = Table(title=f"{folder_name}: {data_folder(folder_name)}", title_justify="left")
-    for heading in ("file", "state", "size", "source", ""):
-        table.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold")
+    table.add_column("file", overflow="fold")
+    table.add_column("state", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    source = None
     for status in statuses:
+        if status.source != source:
+            source = status.source
+            table.add_section()
+            table.add_row(f"[bold]{escape(source)}[/]")
         size = status.size if status.size is not None else status.expected_size
-        table.add_row(
-            escape(status.name),
-            f"[{colors[status.state]}]{status.state}[/]",
-            "" if size is None else decimal(size),
-            escape(status.source),
-            escape(status.detail),
-        )
+        detail = f": {escape(status.detail)}" if status.detail else ""
+        state = f"[{colors[status.state]}]{status.state}[/]{detail}"
+        table.add_row(escape(status.name), state, "" if size is None else decimal(size))
     Console().print(table)
 
 
@@ -224,8 +226,9 @@ def fetch(
     for source, file in _chosen(folder_name, sources, only):
         path = _inside(folder, file.name)
         paths.append(path)
-        state, _, detail = _inspect(path, file, read=True)
-        if state in ("ok", "unknown"):
+        # Reading gigabytes is of use only where there is a checksum to hold them against.
+        state, _, detail = _inspect(path, file, read=file.sha256 is not None)
+        if state in ("ok", "present"):
             continue
         if source.gate or not file.url:
             closed.append((source, path, detail or "missing"))
@@ -346,15 +349,16 @@ class _TransientError(Exception):
 class _ResumingDownloader:
     """A pooch downloader that keeps what it has got in a part file and asks only for the rest (HTTP Range).
 
-    Across calls, a part is continued only where a checksum will tell if the file at the source has changed meanwhile;
-    between the tries of one call, the server's validator (If-Range) tells it as well.
+    That the file at the source has not changed meanwhile is told by the server, which is sent the validator (an ETag or
+    a date) that it gave with the first bytes and answers with the whole file if it no longer fits (If-Range). Where it
+    gave none, a part of an earlier call is continued only if a checksum will tell.
     """
 
     def __init__(self, path: Path, file: DataFile, source: DataSource, *, progress: bool, retry_delay: float) -> None:
         self.path, self.file, self.source = path, file, source
         self.progress, self.retry_delay = progress, retry_delay
         self.part = _part_path(path)
-        self.validator: str | None = None
+        self.validator_file = self.part.with_suffix(".validator")
 
     def __call__(self, url: str, output_file: str, pooch: Any) -> None:
         with open(self.part, "ab") as part:
@@ -362,13 +366,17 @@ class _ResumingDownloader:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path} is being downloaded by another process: wait for it to end") from None
-            if self.file.sha256 is None:
+            if self.file.sha256 is None and not self._validator():
                 part.truncate(0)
             self._fill(url, part)
             part.flush()
             os.fsync(part.fileno())
             # Renamed while the lock is held, so that no second process takes the finished part for a beginning.
             os.replace(self.part, output_file)
+            self.validator_file.unlink(missing_ok=True)
+
+    def _validator(self) -> str:
+        return self.validator_file.read_text(encoding="utf-8") if self.validator_file.is_file() else ""
 
     def _fill(self, url: str, part: IO[bytes]) -> None:
         for attempt in range(RETRIES + 1):
@@ -389,8 +397,8 @@ class _ResumingDownloader:
         headers = {"Accept-Encoding": "identity", "User-Agent": "reprise"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-            if self.validator:
-                headers["If-Range"] = self.validator
+            if validator := self._validator():
+                headers["If-Range"] = validator
         try:
             with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
                 if response.status_code == 416:
@@ -403,9 +411,11 @@ class _ResumingDownloader:
                 if response.status_code == 200 and offset:  # no Range support, or the file has changed
                     part.truncate(0)
                     offset = 0
-                # If-Range takes strong validators only.
-                etag = response.headers.get("ETag", "")
-                self.validator = etag if etag.startswith('"') else None
+                if not offset:
+                    # If-Range takes no weak ETag.
+                    etag = response.headers.get("ETag", "")
+                    strong = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+                    write_text(self.validator_file, strong)
                 length = response.headers.get("Content-Length")
                 total = offset + int(length) if length else self.file.size
                 with _progress_bar(self.path.name, offset, total, shown=self.progress) as advance:
@@ -423,7 +433,7 @@ class _ResumingDownloader:
     def _unreachable(self, url: str, reason: str, part: IO[bytes]) -> str:
         kept = part.seek(0, os.SEEK_END)
         again = "run the command again"
-        if kept and self.file.sha256:
+        if kept and (self.file.sha256 or self._validator()):
             again += f" (the {kept} bytes that arrived are kept, it continues from there)"
         return (
             f"{url} could not be downloaded, after {RETRIES + 1} tries: {reason}\n"

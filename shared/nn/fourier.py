@@ -23,9 +23,9 @@ from shared.config import UserError
 
 Method = Literal["auto", "fft", "dft"]
 
-# Up to here a matrix product with the truncated transform beats the FFT on CPU (measured, 8 to 16 modes), since it
-# computes only the modes that are kept; its cost grows with the square of the grid, the FFT's with n log n.
-LARGEST_GRID_FOR_DFT = 512
+# Matrix products with the truncated transform compute only the modes that are kept, the FFT all of them. Measured on
+# CPU on lines of 16 to 1024 points and squares of 16² to 128², the products win up to here and lose from about 40.
+MOST_MODES_FOR_DFT = 24
 
 
 class SpectralConv1d(nn.Module):
@@ -35,7 +35,7 @@ class SpectralConv1d(nn.Module):
     `weight[0] + i·weight[1]` is the complex weight `[modes, in_channels, out_channels]`, held as real numbers.
 
     `method` chooses how the same map is computed: "fft", "dft" (products with truncated transform matrices), or
-    "auto" by the size of the grid.
+    "auto" by the number of modes.
     """
 
     def __init__(self, in_channels: int, out_channels: int, modes: int, method: Method = "auto") -> None:
@@ -54,7 +54,7 @@ class SpectralConv1d(nn.Module):
             raise UserError(f"{self.modes} Fourier modes on {n} points: at most {n // 2 + 1}; lower modes or refine")
         with _no_autocast(x):
             x, weight = _promote(x, self.weight)
-            apply = _spectral_dft_1d if _use_dft(self.method, x, n) else _spectral_fft_1d
+            apply = _spectral_dft_1d if _use_dft(self.method, self.modes) else _spectral_fft_1d
             return apply(x, weight)
 
     def extra_repr(self) -> str:
@@ -91,7 +91,7 @@ class SpectralConv2d(nn.Module):
             weight = torch.cat([weight[:, : nx - self.modes], weight[:, self.modes :]], dim=1)
         with _no_autocast(x):
             x, weight = _promote(x, weight)
-            apply = _spectral_dft_2d if _use_dft(self.method, x, max(nx, ny)) else _spectral_fft_2d
+            apply = _spectral_dft_2d if _use_dft(self.method, self.modes) else _spectral_fft_2d
             return apply(x, weight)
 
     def extra_repr(self) -> str:
@@ -269,8 +269,8 @@ def _angles(frequencies: Tensor, n: int) -> Tensor:
     return (frequencies[:, None] * torch.arange(n) % n).double() * (2 * torch.pi / n)
 
 
-def _use_dft(method: Method, x: Tensor, n: int) -> bool:
-    return method == "dft" or (method == "auto" and n <= LARGEST_GRID_FOR_DFT)
+def _use_dft(method: Method, modes: int) -> bool:
+    return method == "dft" or (method == "auto" and modes <= MOST_MODES_FOR_DFT)
 
 
 def _promote(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

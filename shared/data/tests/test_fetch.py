@@ -46,6 +46,7 @@ class Server:
     url: str = ""
     cuts: list[int] = field(default_factory=list)  # for each coming answer: how many bytes it sends before it hangs up
     supports_range: bool = True
+    etag: str = '"v1"'
     statuses: list[int] = field(default_factory=list)  # answered before any content
     ranges: list[str | None] = field(default_factory=list)
 
@@ -61,13 +62,14 @@ def server() -> Iterator[Server]:
             if self.path != "/data.bin" or state.statuses:
                 self.send_error(state.statuses.pop(0) if state.statuses else 404)
                 return
-            start = int(requested.removeprefix("bytes=").removesuffix("-")) if requested and state.supports_range else 0
+            whole = not requested or not state.supports_range or self.headers.get("If-Range", state.etag) != state.etag
+            start = 0 if whole else int(requested.removeprefix("bytes=").removesuffix("-"))
             if start >= len(CONTENT):
                 self.send_error(416)
                 return
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(CONTENT) - start))
-            self.send_header("ETag", '"v1"')
+            self.send_header("ETag", state.etag)
             self.end_headers()
             self.wfile.write(CONTENT[start : start + state.cuts.pop(0)] if state.cuts else CONTENT[start:])
 
@@ -127,12 +129,28 @@ def test_next_call_continues_what_this_one_could_not_finish(server: Server, root
     assert server.ranges == [f"bytes={CHUNK_BYTES}-"]
 
 
-def test_without_checksum_an_earlier_part_is_not_trusted(server: Server, root: Path) -> None:
+def test_without_checksum_a_part_of_unknown_origin_is_dropped(server: Server, root: Path) -> None:
     (root / "mine/raw").mkdir(parents=True)
     (root / "mine/raw/.data.bin.part").write_bytes(b"of another version")
     get(source(server, sha256=None))
     assert (root / "mine/raw/data.bin").read_bytes() == CONTENT
     assert server.ranges == [None]
+
+
+@pytest.mark.parametrize("etag", ['"v1"', '"v2"', 'W/"weak"'])
+def test_without_checksum_the_server_tells_whether_the_file_has_changed(server: Server, root: Path, etag: str) -> None:
+    if etag.startswith("W"):
+        server.etag = etag
+    server.cuts = [CHUNK_BYTES] + [0] * RETRIES
+    with pytest.raises(UserError, match="could not be downloaded"):
+        get(source(server, sha256=None))
+    part = root / "mine/raw/.data.bin.part"
+    part.write_bytes(bytes(part.stat().st_size))  # so that it shows whether the part was kept
+    server.etag = etag
+    get(source(server, sha256=None))
+    kept = (root / "mine/raw/data.bin").read_bytes() != CONTENT
+    assert kept == (etag == '"v1"')
+    assert files_in(root) == ["data.bin"]
 
 
 def test_server_without_range_support_starts_again(server: Server, root: Path) -> None:

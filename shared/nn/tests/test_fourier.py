@@ -87,7 +87,7 @@ def test_spectral_conv_sees_the_function_not_the_grid() -> None:
 def test_initial_weights_are_small_and_positive() -> None:
     weight = SpectralConv1d(4, 8, 16).weight
     assert weight.dtype == torch.float32
-    assert 0 <= weight.min()
+    assert weight.min() >= 0
     assert weight.max() < 1 / 32
     assert weight.mean().item() == pytest.approx(1 / 64, rel=0.1)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def test_levels_are_those_of_pdebench() -> None:
     assert [upsample.out_channels for upsample in model.upsamplers] == [256, 128, 64, 32]
     # Blocks of 3·a·b + 3·b² weights and 4·b for the norms, 2·2b·b + b upward, and 32 + 1 for the head.
     widths = [1, 32, 64, 128, 256, 512]
-    down = sum(3 * a * b + 3 * b * b + 4 * b for a, b in zip(widths, widths[1:], strict=False))
+    down = sum(3 * a * b + 3 * b * b + 4 * b for a, b in pairwise(widths))
     up = sum((4 * b * b + b) + (3 * 2 * b * b + 3 * b * b + 4 * b) for b in widths[1:-1])
     assert sum(parameter.numel() for parameter in model.parameters()) == down + up + 33
 
