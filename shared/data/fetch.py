@@ -47,6 +47,8 @@ class DataFile(Protocol):
     @property
     def sha256(self) -> str | None: ...
     @property
+    def md5(self) -> str | None: ...
+    @property
     def size(self) -> int | None: ...
 
 
@@ -113,10 +115,17 @@ def _inside(folder: Path, name: str) -> Path:
 # ------------------------------------------------------------------------------------------------ what is in it
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Digest of a file's content in hexadecimal digits, by default SHA-256."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def checksum(file: DataFile) -> tuple[str, str] | None:
+    """The strongest checksum that paper.yaml records of a file, as (algorithm, digest)."""
+    if file.sha256:
+        return "sha256", file.sha256.lower()
+    return ("md5", file.md5.lower()) if file.md5 else None
 
 
 def dataset_digest(paths: Path | Iterable[Path]) -> str:
@@ -146,7 +155,7 @@ def listing(folder_name: str, sources: Iterable[DataSource]) -> list[FileStatus]
 
 
 def verify(folder_name: str, sources: Iterable[DataSource]) -> list[FileStatus]:
-    """Read every official file again and hold its size and SHA-256 against those recorded in paper.yaml."""
+    """Read every official file again and hold its size and checksum against those recorded in paper.yaml."""
     folder = data_folder(folder_name)
     return [_status(folder, source, file, read=True) for source in sources for file in source.files]
 
@@ -166,11 +175,13 @@ def _inspect(path: Path, file: DataFile, *, read: bool) -> tuple[State, int | No
         return "corrupt", size, f"{size} bytes, expected {file.size}"
     if not read:
         return "present", size, ""
-    digest = file_digest(path)
-    if file.sha256 is None:
-        return "unknown", size, f"no checksum recorded; sha256 is {digest}"
-    if digest != file.sha256.lower():
-        return "corrupt", size, f"sha256 is {digest}, expected {file.sha256}"
+    known = checksum(file)
+    if known is None:
+        return "unknown", size, f"no checksum recorded; sha256 is {file_digest(path)}"
+    algorithm, expected = known
+    digest = file_digest(path, algorithm)
+    if digest != expected:
+        return "corrupt", size, f"{algorithm} is {digest}, expected {expected}"
     return "ok", size, ""
 
 
@@ -227,7 +238,7 @@ def fetch(
         path = _inside(folder, file.name)
         paths.append(path)
         # Reading gigabytes is of use only where there is a checksum to hold them against.
-        state, _, detail = _inspect(path, file, read=file.sha256 is not None)
+        state, _, detail = _inspect(path, file, read=checksum(file) is not None)
         if state in ("ok", "present"):
             continue
         if source.gate or not file.url:
@@ -287,7 +298,8 @@ def _download(path: Path, file: DataFile, source: DataSource, *, progress: bool,
         _require_space(path, file)
         # A file that is there but wrong is replaced only once the right one has arrived: pooch renames it into place.
         downloader = _ResumingDownloader(path, file, source, progress=progress, retry_delay=retry_delay)
-        known_hash = f"sha256:{file.sha256.lower()}" if file.sha256 else None
+        known = checksum(file)
+        known_hash = ":".join(known) if known else None
         if known_hash is None:
             path.unlink(missing_ok=True)
         logger = pooch.get_logger()
@@ -299,7 +311,7 @@ def _download(path: Path, file: DataFile, source: DataSource, *, progress: bool,
             raise UserError(
                 f"{file.url} arrived whole, but its checksum is not the one recorded in paper.yaml:\n  {error}\n"
                 f"Nothing was kept. Run the command again; if it fails the same way, the file has changed at "
-                f"{source.url or 'its source'}: check it there before you change sha256 in paper.yaml."
+                f"{source.url or 'its source'}: check it there before you change the checksum in paper.yaml."
             ) from None
         finally:
             logger.setLevel(level)
@@ -366,7 +378,7 @@ class _ResumingDownloader:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path} is being downloaded by another process: wait for it to end") from None
-            if self.file.sha256 is None and not self._validator():
+            if checksum(self.file) is None and not self._validator():
                 part.truncate(0)
             self._fill(url, part)
             part.flush()
@@ -433,7 +445,7 @@ class _ResumingDownloader:
     def _unreachable(self, url: str, reason: str, part: IO[bytes]) -> str:
         kept = part.seek(0, os.SEEK_END)
         again = "run the command again"
-        if kept and (self.file.sha256 or self._validator()):
+        if kept and (checksum(self.file) or self._validator()):
             again += f" (the {kept} bytes that arrived are kept, it continues from there)"
         return (
             f"{url} could not be downloaded, after {RETRIES + 1} tries: {reason}\n"

@@ -29,6 +29,7 @@ class File:
     url: str | None = None
     sha256: str | None = None
     size: int | None = None
+    md5: str | None = None
 
 
 @dataclass(frozen=True)
