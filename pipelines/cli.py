@@ -22,6 +22,8 @@ track_app = typer.Typer(help="Tracked runs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(track_app, name="track")
 
+INTERRUPTED = 130
+
 PaperArgument = Annotated[str | None, typer.Argument(help="papers/<slug> or <slug>; default: the working directory")]
 
 
@@ -134,7 +136,7 @@ def track_sync() -> None:
 
 
 def main() -> None:
-    """Entry point: mistakes and full disks end with one message and exit status 1, Ctrl-C with 130."""
+    """Entry point: mistakes and full disks end with one message and exit status 1, Ctrl-C with 130, misuse with 2."""
     try:
         app()
     except UserError as error:
@@ -142,8 +144,11 @@ def main() -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}: nothing was left half-written; mend this and run it again", 1)
-    except KeyboardInterrupt:
-        _fail("stopped; run the same command again to continue where it was", 130)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into this status, without a word to the user.
+        if end.code == INTERRUPTED:
+            _fail("stopped; run the same command again to continue where it was", INTERRUPTED)
+        raise
 
 
 def _fail(message: str, status: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import importlib
 import importlib.util
 import os
@@ -12,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shared.config import Stage, UserError, load_params, repo_root
 from shared.files import write_json
+
+# What `atomic_path` names a file that is being written.
+UNFINISHED = ".*-????????.*"
 
 
 def run_stage(folder: Path, name: str, model: str | None = None) -> None:
@@ -28,6 +32,7 @@ def run_stage(folder: Path, name: str, model: str | None = None) -> None:
     folder = folder.resolve()
     package = import_paper(folder)
     function = find_stage(folder, package, name)
+    label = f"{name}@{model}" if model else name
     schema = importlib.import_module(f"{package}.config").Params
     profile, params = load_params(folder / "params.yaml", schema)
 
@@ -38,6 +43,7 @@ def run_stage(folder: Path, name: str, model: str | None = None) -> None:
     readme = folder / "README.md"
     description = readme.read_text(encoding="utf-8") if readme.exists() else None
     with (
+        _claimed(folder, label),
         tracking.deliver(),
         tracking.start_run(
             folder.name, title, experiment_description=description, params=flatten(params), tags=tags
@@ -45,7 +51,6 @@ def run_stage(folder: Path, name: str, model: str | None = None) -> None:
         _measured() as measured,
     ):
         function(Stage(folder, name, profile, params, model, run))
-    label = f"{name}@{model}" if model else name
     write_json(
         folder / "runs" / "timing" / profile / f"{label}.json",
         {"stage": name, "model": model, "run_id": run.id, **measured},
@@ -92,6 +97,41 @@ def flatten(params: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in params.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+@contextmanager
+def _claimed(folder: Path, label: str) -> Iterator[None]:
+    """Refuse to run a stage twice at once, which would write the same files; clear away what killed runs left.
+
+    Other stages of the paper may run at the same time: what lies about may then be theirs, and stays. Of a distributed
+    run only the first process asks.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield
+        return
+    locks = folder / "runs" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with open(locks / label, "a") as of_stage, open(locks / "any", "a") as of_any:
+        if not _lock(of_stage):
+            raise UserError(
+                f"{label} of {folder.name} is running already: wait for its end, or stop it (ps ax | grep 'reprise run'); "
+                "then run this again"
+            )
+        if _lock(of_any):
+            for place in ("data", "runs", "results"):
+                for path in (folder / place).rglob(UNFINISHED):
+                    path.unlink()
+        fcntl.flock(of_any, fcntl.LOCK_SH)
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock a file until it is closed here and in all forked processes; False if another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

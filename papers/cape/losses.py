@@ -23,7 +23,7 @@ ADIABATIC_INDEX = 5 / 3
 
 
 def relative_l2(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of ‖prediction − target‖₂ / ‖target‖₂, all other axes flattened (section 4.1)."""
+    """Mean over the batch of ‖prediction − target‖₂ / ‖target‖₂, all other axes flattened."""
     return _relative_l2(prediction[:, None], target[:, None])
 
 
@@ -35,7 +35,7 @@ def _relative_l2(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def autoregressive_steps(schedule: Schedule, epoch: int, epochs: int, warmup: int, num_frames: int) -> int:
-    """How many frames of a rollout are predicted from the network's own output in this epoch: t_ar of section 3.3.
+    """How many frames of a rollout are predicted from the network's own output in this epoch, t_ar.
 
     "tanh" and "linear" go from pure teacher forcing (1: only the first frame follows its true predecessor in any case)
     to pure autoregression (`num_frames`) between the epochs `warmup` and `epochs`, with s = (epoch − warmup) /
@@ -68,7 +68,7 @@ def rollout_loss(
     residual: Residual | None = None,
     residual_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """The training objective of a batch of trajectories (sections 3.3 and 3.4), every frame counted once:
+    """The training objective of a batch of trajectories, every frame counted once:
 
         Σ_t rel(prediction_t, u_t) + guess_weight · Σ_t rel(guess_t, u_t) + residual_weight · Σ_t mean(residual_t²)
 
@@ -146,7 +146,7 @@ def gradient_penalty(
     weight: float = 5.16e-4,
     target: float = 4.58,
 ) -> Tensor:
-    """weight · E[(‖∂(Σ prediction)/∂λ̃‖ − target)²] with λ̃ uniform between lowest/2 and 2·highest (section 3.4; 1D).
+    """weight · E[(‖∂(Σ prediction)/∂λ̃‖ − target)²] with λ̃ uniform between lowest/2 and 2·highest (paper: 1D).
 
     `state` is the history of the first step, `[batch, channels, *grid]`; `lowest` and `highest` `[num_parameters]`
     are the bounds of λ in the training set.

@@ -9,8 +9,6 @@ returns the next state `[batch, channels, *grid]`, and CAPE's own guess of it or
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,7 +18,7 @@ from shared.nn import ChannelMask, SpectralConv1d, SpectralConv2d, per_channel, 
 
 
 class CAPE(nn.Module):
-    """Guess the next state û from the present one u and the parameters λ of the equation (section 3.2, figure 2).
+    """Guess the next state û from the present one u and the parameters λ of the equation.
 
     u `[batch, channels, *grid]` and λ `[batch, num_parameters]` to û of the shape of u; one future state (ℓ = 1), as in
     all runs of the paper. Three convolutions of different reach, each with a factor from λ on every channel:
@@ -53,7 +51,8 @@ class CAPE(nn.Module):
         if any(size % pool for size in grid_shape):
             raise UserError(f"CAPE averages over {pool} points, which do not divide the grid {grid_shape} evenly")
         conv, spectral = (nn.Conv1d, SpectralConv1d) if dimensions == 1 else (nn.Conv2d, SpectralConv2d)
-        largest = min(grid_shape[0] if dimensions == 2 else math.inf, grid_shape[-1] // 2 + pool) // pool
+        averaged = [size // pool for size in grid_shape]
+        largest = min([*averaged[:-1], averaged[-1] // 2 + 1])
         if modes > largest:
             raise UserError(f"CAPE keeps {modes} modes, but its averaged grid has {largest}: lower cape_modes")
         half = width // 2
@@ -94,7 +93,7 @@ class CAPE(nn.Module):
 
 
 class CAPEModel(nn.Module):
-    """A base network led by CAPE: u^{k+1} = Mix(Base([u^k, û^{k+1}])), Mix being a 1×1 convolution (section 3.1).
+    """A base network led by CAPE: u^{k+1} = Mix(Base([u^k, û^{k+1}])), Mix being a 1×1 convolution.
 
     `base` maps twice the channels to twice the channels. Prediction and guess are `[batch, channels, *grid]`.
     """

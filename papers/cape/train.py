@@ -100,13 +100,12 @@ class Objective:
         has_cape = hasattr(model, "cape")
         if has_cape and moment.epoch < experiment.warmup_epochs:
             return cape_loss(model, frames, parameters, experiment.noise)
-        predicted = frames.shape[1] - model.frames_in
         terms = rollout_loss(
             model,
             frames,
             parameters,
             autoregressive_steps=autoregressive_steps(
-                self.schedule, moment.epoch, moment.epochs, experiment.warmup_epochs, predicted
+                self.schedule, moment.epoch, moment.epochs, experiment.warmup_epochs, frames.shape[1]
             ),
             push_forward=self.schedule == "push_forward",
             guess_weight=experiment.guess_weight,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class ChannelMask(nn.Sequential):
     """One factor a channel from the parameters: Linear, GELU, Linear.
 
-    `[batch, num_parameters]` to `[batch, channels]`, unbounded. Takamoto et al. (2023), section 3.2: the channel
+    `[batch, num_parameters]` to `[batch, channels]`, unbounded. Takamoto et al. (2023): the channel
     attention of the CAPE module; a squeeze-and-excitation block that is told the parameters instead of the mean.
     """
 
@@ -21,7 +21,7 @@ class FiLM(nn.Module):
     """Feature-wise linear modulation: x · (1 + scale(parameters)) + shift(parameters), a pair for every channel.
 
     `x` `[batch, channels, *grid]` and parameters `[batch, num_parameters]` to the shape of `x`. The last layer starts
-    at zero, so that the network begins as if there were no modulation. Perez et al. (2018), equation 1.
+    at zero, so that the network begins as if there were no modulation. Perez et al. (2018).
     """
 
     def __init__(self, num_parameters: int, channels: int, hidden: int) -> None:

@@ -35,8 +35,7 @@ class Run:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers at a step; name them with groups, such as `train/loss`: MLflow makes a section of each."""
         if self._writer is not None:
-            values = {name: float(value) for name, value in metrics.items()}
-            self._write("metrics", time=now(), step=int(step), values=values)
+            self._writer.add_metrics(int(step), {name: float(value) for name, value in metrics.items()})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters, nested ones as `outer.inner`; a parameter keeps the first value it is given."""

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -295,10 +296,15 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--everything", action="store_true", help="also runs that were meant for another store")
     options = parser.parse_args(arguments)
     # MLflow prints for people; what the parent process reads goes through a channel of its own.
-    report = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    channel = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.disable(logging.WARNING)
-    print("ready", file=report)
+
+    def report(line: str) -> None:
+        with suppress(BrokenPipeError):  # the stage was killed; its records are delivered all the same
+            os.write(channel, f"{line}\n".encode())
+
+    report("ready")
 
     uri = os.environ["MLFLOW_TRACKING_URI"]
     delivery = Delivery(options.spool, uri, everything=options.everything)
@@ -306,14 +312,13 @@ def main(arguments: Iterable[str] | None = None) -> None:
     while not _told_to_stop(pause):
         delivery.round()
         pause = min(2 * max(pause, ROUND_SECONDS), LONGEST_PAUSE_SECONDS) if delivery.error else ROUND_SECONDS
-    delivery.on_progress = lambda: print("progress", file=report)
+    delivery.on_progress = lambda: report("progress")
     # A server that has just failed would only keep the stage waiting; a local database may have been busy.
     attempts = 3 if spool.database_path(uri) else int(delivery.error is None)
     while attempts and not delivery.round():
         attempts -= delivery.error is not None
         time.sleep(0.2)
-    json.dump({"error": delivery.error, "refused": delivery.refused}, report)
-    report.write("\n")
+    report(json.dumps({"error": delivery.error, "refused": delivery.refused}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
+from safetensors import SafetensorError
+
 from shared.config import UserError
 
 Report = Callable[[float, str], None]
@@ -40,7 +42,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int | None = None, threads: int = 
             _limit_threads(threads)
             results = []
             for index, job in enumerate(jobs):
-                results.append(job.function(*job.arguments, display.reporter(index)))
+                results.append(_call(job, display.reporter(index)))
                 display.update(index, 1.0, "")
             return results
         return _run_in_processes(jobs, workers, threads, display)
@@ -100,8 +102,10 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, threads: int, display: 
 
 def _work(index: int, job: Job, threads: int, messages: Any) -> None:
     """Body of a worker process."""
-    # Ctrl-C reaches the whole process group; the parent decides what happens then.
+    # Ctrl-C reaches the whole process group; the parent decides what happens then, and stops a worker in such a way
+    # that it takes its unfinished files along.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _die_with_parent()
     _limit_threads(threads)
     last = 0.0
@@ -113,14 +117,29 @@ def _work(index: int, job: Job, threads: int, messages: Any) -> None:
             messages.put((index, "progress", (fraction, text)))
 
     try:
-        messages.put((index, "result", job.function(*job.arguments, report)))
+        messages.put((index, "result", _call(job, report)))
+    except KeyboardInterrupt:
+        return
     except UserError as error:
-        messages.put((index, "error", UserError(f"{job.label}: {error}")))
-    except BaseException as error:
+        messages.put((index, "error", error))
+    except Exception as error:
         import traceback
 
         detail = "".join(traceback.format_exception(error))
         messages.put((index, "error", RuntimeError(f"{job.label} failed:\n{detail}")))
+
+
+def _call(job: Job, report: Report) -> Any:
+    """Do a job; its mistakes, and a disk that takes no more, are `UserError`s that name it."""
+    try:
+        return job.function(*job.arguments, report)
+    except UserError as error:
+        raise type(error)(f"{job.label}: {error}") from None
+    except (OSError, SafetensorError) as error:  # the latter is what a checkpoint meets on a full disk
+        raise UserError(
+            f"{job.label}: {error}. Make room or mend the permissions, then run the same command again: finished runs "
+            "are kept, others continue"
+        ) from error
 
 
 def _die_with_parent() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,11 +102,11 @@ def test_everything_arrives(client: MlflowClient, spool: Path, tmp_path: Path) -
 
 def test_a_run_is_followed_while_it_goes_on(client: MlflowClient, delivery: Delivery, spool: Path) -> None:
     with start_run("live", "run") as run:
-        run.log({"loss": 1.0}, 0)
         assert delivery.round()
         assert runs_of(client, "live")["run"].info.status == "RUNNING"
         assert records.pending(spool) == []
         run.log({"loss": 0.5}, 1)
+        run.set_tags({"written": "at once, and what was logged before it"})
         assert len(records.pending(spool)) == 1
         assert delivery.round()
         assert runs_of(client, "live")["run"].data.metrics == {"loss": 0.5}
@@ -114,12 +115,14 @@ def test_a_run_is_followed_while_it_goes_on(client: MlflowClient, delivery: Deli
     assert records.folders(spool) == []
 
 
-def test_a_killed_writer_loses_nothing(client: MlflowClient, spool: Path) -> None:
+def test_a_killed_writer_loses_no_more_than_its_last_second(client: MlflowClient, spool: Path) -> None:
     code = (
-        "import os, signal\n"
-        "from shared.tracking import start_run\n"
+        "import os, signal, time\n"
+        "from shared.tracking import spool, start_run\n"
+        "spool.FLUSH_SECONDS = 0.01\n"
         "run = start_run('killed', 'run')\n"
         "for step in range(100): run.log({'loss': 1.0 * step}, step)\n"
+        "time.sleep(0.5)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
@@ -130,6 +133,23 @@ def test_a_killed_writer_loses_nothing(client: MlflowClient, spool: Path) -> Non
     run = runs_of(client, "killed")["run"]
     assert run.info.status == "KILLED"
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 100
+
+
+def test_a_killed_stage_is_delivered_by_the_process_it_leaves(client: MlflowClient, spool: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from shared.tracking import deliver, start_run\n"
+        "with deliver(), start_run('left', 'run') as run:\n"
+        "    run.set_tags({'last': 'words'})\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while records.folders(spool) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run = runs_of(client, "left")["run"]
+    assert run.data.tags["last"] == "words"
+    assert run.info.status == "KILLED"
 
 
 @pytest.mark.parametrize("interruption", ["log_batch", "set_terminated"])

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,23 @@ def test_threads_do_not_tear_each_others_lines(spool: Path) -> None:
         for thread in threads:
             thread.join()
     assert sum(event["event"] == "metrics" for event in events(spool)) == 800
+
+
+def test_metrics_are_written_without_being_asked_for(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "FLUSH_SECONDS", 0.01)
+    run = start_run("cape", "train")
+    run.log({"loss": 1.0}, step=0)
+    deadline = time.monotonic() + 30
+    while len(events(spool)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert events(spool)[1]["values"] == {"loss": 1.0}
+    run.finish()
+
+
+def test_a_process_that_forgets_to_finish_keeps_its_metrics(spool: Path) -> None:
+    code = "from shared.tracking import start_run; start_run('cape', 'train').log({'loss': 1.0}, step=0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [event["event"] for event in events(spool)] == ["start", "metrics"]
 
 
 def test_an_artifact_is_kept_as_it_was(spool: Path, tmp_path: Path) -> None:
