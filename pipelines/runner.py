@@ -111,11 +111,11 @@ def _claimed(folder: Path, label: str) -> Iterator[None]:
         return
     locks = folder / "runs" / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with open(locks / label, "a") as of_stage, open(locks / "any", "a") as of_any:
+    with open(locks / label.replace(os.sep, "_"), "a") as of_stage, open(locks / "any", "a") as of_any:
         if not _lock(of_stage):
             raise UserError(
-                f"{label} of {folder.name} is running already: wait for its end, or stop it (ps ax | grep 'reprise run'); "
-                "then run this again"
+                f"{label} of {folder.name} is running already: wait for its end, or stop that process "
+                "(ps ax | grep 'reprise run'); then run this again"
             )
         if _lock(of_any):
             for place in ("data", "runs", "results"):

@@ -8,7 +8,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -81,14 +83,17 @@ class Repository:
             start_new_session=True,
         )
 
-    def run_pipeline(self, folder: Path) -> None:
-        """Run every stage of a folder's dvc.yaml in order, in one process, which spares each its start-up."""
+    def run_pipeline(self, folder: Path, stages: Sequence[str] | None = None) -> None:
+        """Run stages (by default all of a folder's dvc.yaml) in order, in one process, which spares each its start-up.
+
+        A stage is given as `name` or `name@model`.
+        """
         program = (
             "import sys; from pathlib import Path; from pipelines.runner import run_stage\n"
             "for stage in sys.argv[1:]:\n"
             "    name, _, model = stage.partition('@'); run_stage(Path.cwd(), name, model or None)\n"
         )
-        self.run(sys.executable, "-c", program, *stage_calls(folder), cwd=folder)
+        self.run(sys.executable, "-c", program, *(stages or stage_calls(folder)), cwd=folder)
 
 
 def stage_calls(folder: Path) -> list[str]:
@@ -109,3 +114,42 @@ def set_profile(folder: Path, profile: str) -> None:
     """Choose a profile in a folder's params.yaml, comments and all the rest kept."""
     path = folder / "params.yaml"
     path.write_text(re.sub(r"(?m)^profile: \w+", f"profile: {profile}", path.read_text(encoding="utf-8")))
+
+
+def edit_yaml(path: Path, edit: Callable[[Any], None]) -> None:
+    """Change a YAML file through a function that changes its content in place; comments and anchors are lost."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    edit(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def keep_models(folder: Path, *models: str) -> None:
+    """Leave these models only, in the profile `tiny` and in the pipeline, and one claim that holds of every model."""
+
+    def in_params(content: Any) -> None:
+        for experiment in content["tiny"]["experiments"].values():
+            experiment["models"] = list(models)
+
+    def in_pipeline(content: Any) -> None:
+        stages = content["stages"]
+        stages["train"]["foreach"] = list(models)
+        others = [dep for dep in stages["evaluate"]["deps"] if not dep.startswith("runs/")]
+        stages["evaluate"]["deps"] = others + [f"runs/{model}" for model in models]
+
+    def in_ledger(content: Any) -> None:
+        check = {"kind": "threshold", "metric": "nrmse", "model": list(models), "datasets": ["advection/seen"]}
+        content["claims"] = [
+            {
+                "id": "C1",
+                "headline": True,
+                "statement": "Errors are not negative",
+                "place": "nowhere",
+                "figures": "none",
+                "mark": "not obtained",
+                "check": check | {"at_least": 0},
+            }
+        ]
+
+    edit_yaml(folder / "params.yaml", in_params)
+    edit_yaml(folder / "dvc.yaml", in_pipeline)
+    edit_yaml(folder / "paper.yaml", in_ledger)

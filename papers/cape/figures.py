@@ -18,9 +18,11 @@ from . import data
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 LABELS = {
@@ -43,6 +45,7 @@ PARAMETER_LABELS = {
     "burgers": "viscosity ν",
     "navier_stokes": "shear viscosity η",
 }
+SYMBOLS = {"advection": "β", "burgers": "ν", "navier_stokes": "(η, ζ, M)"}
 # The models that answer the question; the curricula are compared in the figure of all models.
 MAIN = ("fno", "fno_conditional", "fno_two_frames", "fno_pino", "fno_cape", "unet", "unet_cape", "mpnn", "mpnn_cape")
 COLORS = dict(zip(MAIN, plt.cm.tab10.colors, strict=False)) | {"persistence": "0.5"}
@@ -98,6 +101,7 @@ def all_models(nrmse: pd.DataFrame, equations: Sequence[str]) -> Figure:
                 axis.plot(values, [position] * len(values), "o", ms=4, alpha=0.6, color=color(name))
                 axis.plot(values.mean(), position, "|", ms=14, mew=2, color="black")
             axis.set_xscale("log")
+            _plain_ticks(axis.xaxis)
             axis.set_yticks(range(len(names[equation])), [label(name) for name in names[equation]])
             axis.set_ylim(len(names[equation]) - 0.4, -0.6)
             axis.set_title(f"{equation.replace('_', '–')}, {regime}", fontsize=10)
@@ -123,10 +127,11 @@ def over_parameter(nrmse: pd.DataFrame, stage: Stage, equations: Sequence[str]) 
         columns = np.array(settings.train_parameters).T
         varied = int(np.argmax([column.std() for column in columns]))
         axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
         for index, value in enumerate(sorted(set(columns[varied]))):
             axis.axvline(value, color="0.6", lw=0.8, ls=":", zorder=0, label="training values" if index == 0 else None)
         axis.set_title(equation.replace("_", "–"), fontsize=10)
-    figure.axes[0].legend(fontsize=7)
+    _legend(figure)
     return figure
 
 
@@ -154,13 +159,32 @@ def _curves(
             axis.plot(x, mean, color=color(name), label=label(name), lw=1.5, **style)
             axis.fill_between(x, grouped.min(), grouped.max(), color=color(name), alpha=0.15, lw=0)
         axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
         axis.set_xlabel(xlabels[equation])
         axis.grid(which="both", alpha=0.2)
         axis.set_title(f"{equation.replace('_', '–')}, {regime}", fontsize=10)
     for row in axes:
         row[0].set_ylabel("nRMSE")
-    axes.flat[0].legend(fontsize=7)
+    _legend(figure)
     return figure
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten of a logarithmic axis, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure) -> None:
+    """One legend beside all panels, an entry for each label that any of them has."""
+    for old in figure.legends:
+        old.remove()
+    entries = {}
+    for axis in figure.axes:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(text, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
 
 
 def rollouts(stage: Stage, equation: str, examples: Mapping[tuple[str, str, str], Tensor]) -> Figure:
@@ -187,15 +211,17 @@ def rollouts(stage: Stage, equation: str, examples: Mapping[tuple[str, str, str]
 
 def _sample_of_each_regime(stage: Stage, equation: str) -> Any:
     """(split, index, title, times) of the first sample of the middle parameter value of each regime."""
-    splits = ["test"] + (["unseen"] if stage.params.equations[equation].unseen_parameters else [])
-    for split in splits:
+    for regime, split in (("seen", "test"), ("interpolated", "unseen"), ("extrapolated", "unseen")):
+        if split == "unseen" and not stage.params.equations[equation].unseen_parameters:
+            continue
         test_set = data.load(stage.data_dir, equation, split)
-        for regime in dict.fromkeys(test_set.regime.tolist()):
-            values = test_set.parameters[test_set.regime == regime]
-            chosen = np.unique(values, axis=0)[len(np.unique(values, axis=0)) // 2]
-            index = int(np.flatnonzero((test_set.parameters == chosen).all(axis=1))[0])
-            text = ", ".join(f"{value:g}" for value in chosen)
-            yield split, index, f"{regime}: {text}", test_set.times
+        values = np.unique(test_set.parameters[test_set.regime == regime], axis=0)
+        if not len(values):
+            continue
+        chosen = values[len(values) // 2]
+        index = int(np.flatnonzero((test_set.parameters == chosen).all(axis=1))[0])
+        text = ", ".join(f"{value:g}" for value in chosen)
+        yield split, index, f"{regime}, {SYMBOLS[equation]} = {text}", test_set.times
 
 
 def _show(axis: Axes, field: np.ndarray, times: np.ndarray, low: float, high: float) -> Any:

@@ -24,6 +24,10 @@ from .config import Experiment, Params, split_name
 from .losses import autoregressive_steps, cape_loss, equation_residual, gradient_penalty, rollout, rollout_loss
 
 
+# What a checkpoint depends on: one made by other code is not continued.
+TRAINING_CODE = ("baselines.py", "losses.py", "model.py", "train.py")
+
+
 def train(stage: Stage[Params]) -> None:
     """Train `stage.model` wherever the profile lists it; weights to runs/<model>/<equation>/seed<n>/."""
     if stage.model is None:
@@ -51,7 +55,8 @@ def train_one(stage: Stage[Params], equation: data.EquationName, seed: int, fold
     torch.manual_seed(seed)
     model = model_like(training_set, split_name(str(stage.model))[0], experiment.network)
     settings = experiment.model_dump(mode="json", exclude={"models"})
-    fingerprint = json.dumps([settings, stage.model, training_set.attrs["digest"], code_digest(stage.folder)])
+    code = code_digest(stage.folder, TRAINING_CODE)
+    fingerprint = json.dumps([settings, stage.model, training_set.attrs["digest"], code])
     name = f"{stage.model} · {equation} · seed {seed}"
     parent = stage.run.id if stage.run else None
     tags = {"model": str(stage.model), "equation": equation, "seed": str(seed), "profile": stage.profile}

@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,12 +134,15 @@ def write_metrics(stage: Stage, frame: pd.DataFrame, data_source: str, *, device
     write_json(stage.results_dir / "metrics.json", metrics)
 
 
-def code_digest(folder: Path) -> str:
-    """SHA-256 of what a folder's Python code says: comments, docstrings and layout do not count, tests neither."""
+def code_digest(folder: Path, modules: Collection[str] | None = None) -> str:
+    """SHA-256 of what a folder's Python code says: comments, docstrings and layout do not count, tests neither.
+
+    With `modules`, such as `["model.py", "train.py"]`, of these alone.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
         name = path.relative_to(folder)
-        if NOT_CODE.isdisjoint(name.parts[:-1]):
+        if NOT_CODE.isdisjoint(name.parts[:-1]) and (modules is None or name.as_posix() in modules):
             try:
                 tree = ast.parse(path.read_text(encoding="utf-8"))
             except SyntaxError as error:

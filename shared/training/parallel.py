@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
@@ -116,17 +117,21 @@ def _work(index: int, job: Job, threads: int, messages: Any) -> None:
             last = time.monotonic()
             messages.put((index, "progress", (fraction, text)))
 
+    with suppress(KeyboardInterrupt):
+        messages.put((index, *_outcome(job, report)))
+
+
+def _outcome(job: Job, report: Report) -> tuple[str, Any]:
+    """What a worker says at its end: a result or an error that can be sent to another process."""
     try:
-        messages.put((index, "result", _call(job, report)))
-    except KeyboardInterrupt:
-        return
+        return "result", _call(job, report)
     except UserError as error:
-        messages.put((index, "error", error))
+        return "error", error
     except Exception as error:
         import traceback
 
         detail = "".join(traceback.format_exception(error))
-        messages.put((index, "error", RuntimeError(f"{job.label} failed:\n{detail}")))
+        return "error", RuntimeError(f"{job.label} failed:\n{detail}")
 
 
 def _call(job: Job, report: Report) -> Any:
