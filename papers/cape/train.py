@@ -23,7 +23,6 @@ from .baselines import model_like, parse_name
 from .config import Experiment, Params, split_name
 from .losses import autoregressive_steps, cape_loss, equation_residual, gradient_penalty, rollout, rollout_loss
 
-
 # What a checkpoint depends on: one made by other code is not continued.
 TRAINING_CODE = ("baselines.py", "losses.py", "model.py", "train.py")
 
