@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,12 +43,23 @@ def run(
 def verdict(
     paper: PaperArgument = None,
     profile: Annotated[str | None, typer.Option(help="default: the one that params.yaml chooses")] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="show the verdict that is there instead of judging anew")
+    ] = False,
 ) -> None:
     """Hold a paper's scores against its claims: table, verdict.json, README block, MLflow tags."""
     from pipelines.papers import resolve_folder
-    from pipelines.verdict import print_verdict, write_verdict
+    from pipelines.verdict import load_verdict, print_verdict, write_verdict
+    from shared.config import chosen_profile
 
-    print_verdict(write_verdict(resolve_folder(paper), profile))
+    folder = resolve_folder(paper)
+    if show:
+        print_verdict(load_verdict(folder, profile or chosen_profile(folder / "params.yaml")))
+        return
+    judged = write_verdict(folder, profile)
+    # `make` shows the table at its end, whether or not this stage had to run.
+    if os.environ.get("REPRISE_VERDICT") != "quiet":
+        print_verdict(judged)
 
 
 @app.command()
@@ -87,12 +99,15 @@ def doctor() -> None:
 
 
 @app.command()
-def links(base_url: Annotated[str, typer.Option(help="where mlflow ui listens")] = "http://127.0.0.1:5000") -> None:
-    """Print links that open straight at each experiment's runs and charts in `mlflow ui`."""
-    from shared.tracking import experiment_links
+def ui(port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 5000) -> None:
+    """Browse the tracked runs with MLflow, and print links straight to each experiment's runs and charts."""
+    from shared.tracking import experiment_links, tracking_uri
 
-    for name, pages in sorted(experiment_links(base_url).items()):
+    for name, pages in sorted(experiment_links(f"http://127.0.0.1:{port}").items()):
         typer.echo(f"{name}\n  runs:   {pages['runs']}\n  charts: {pages['charts']}")
+    os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [*command, "--backend-store-uri", tracking_uri()])
 
 
 @data_app.command("list")

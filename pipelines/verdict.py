@@ -11,7 +11,7 @@ import numpy as np
 
 from pipelines.claims import OUTCOMES, ClaimVerdict, Comparison, Outcome, judge_claim, range_text
 from pipelines.papers import Beats, Paper, load_paper
-from shared.config import Strict, UserError, read_yaml, validate
+from shared.config import Strict, UserError, chosen_profile, read_yaml, validate
 from shared.evaluation.scores import overall, read_scores
 from shared.evaluation.statistics import seed_summary
 from shared.files import write_json, write_text
@@ -154,15 +154,14 @@ def results_block(folder: Path, verdicts: Sequence[Verdict]) -> str:
 def _known_profile(folder: Path, paper: Paper, profile: str | None) -> str:
     """The profile to judge, after a look at whether it and those that claims name exist."""
     path = folder / "params.yaml"
-    params = read_yaml(path)
-    if not isinstance(params, dict) or "profile" not in params:
-        raise UserError(f"{path} must be 'profile: <name>' followed by one section per profile")
-    known = [name for name in params if name != "profile"]
-    chosen = profile or params["profile"]
-    named = [(f"claim {claim.id}", name) for claim in paper.claims for name in claim.profiles]
-    for where, name in [("this run", chosen), *named]:
-        if name not in known:
-            raise UserError(f"{where} names profile {name!r}, which {path} does not have; it has {', '.join(known)}")
+    chosen = chosen_profile(path, profile)
+    known = [name for name in read_yaml(path) if name != "profile"]
+    for claim in paper.claims:
+        for name in claim.profiles:
+            if name not in known:
+                raise UserError(
+                    f"claim {claim.id} names profile {name!r}, which {path} does not have; it has {', '.join(known)}"
+                )
     return chosen
 
 

@@ -102,15 +102,21 @@ def load_params(path: Path, schema: type[ParamsType], profile: str | None = None
     The file is `profile: <name>` followed by one section a profile; every section is checked, so that a misspelt key
     in a profile that is not in use is found as well. `profile` overrides the file's choice.
     """
+    chosen = chosen_profile(path, profile)
+    sections = {name: section for name, section in read_yaml(path).items() if name != "profile"}
+    loaded = {name: validate(schema, section, f"{path}, section {name!r}") for name, section in sections.items()}
+    return chosen, loaded[chosen]
+
+
+def chosen_profile(path: Path, profile: str | None = None) -> str:
+    """The profile that `params.yaml` chooses, or `profile` if it is given; one that is not there is an error."""
     content = read_yaml(path)
     if not isinstance(content, dict) or "profile" not in content:
         raise UserError(f"{path} must be 'profile: <name>' followed by one section per profile")
-    sections = {name: section for name, section in content.items() if name != "profile"}
-    chosen = profile or content["profile"]
-    if chosen not in sections:
-        raise UserError(f"{path}: there is no profile {chosen!r}; choose one of {', '.join(map(str, sections))}")
-    loaded = {name: validate(schema, section, f"{path}, section {name!r}") for name, section in sections.items()}
-    return chosen, loaded[chosen]
+    chosen, known = profile or content["profile"], [name for name in content if name != "profile"]
+    if chosen not in known:
+        raise UserError(f"{path}: there is no profile {chosen!r}; choose one of {', '.join(map(str, known))}")
+    return chosen
 
 
 def validate(schema: type[ParamsType], value: Any, where: str) -> ParamsType:

@@ -229,7 +229,11 @@ def _make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
 def _seed_everything(seed: int, step: int, rank: int) -> None:
     """Make the randomness of a step a function of seed, step and process alone."""
     value = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest(), "little")
-    torch.manual_seed(value)
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
+    else:
+        # torch.manual_seed would also leave word for a GPU that is not there, which takes longer than a small step.
+        torch.default_generator.manual_seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002 (augmentations of other libraries draw from it)
     random.seed(value)
 
@@ -313,7 +317,8 @@ def _end_of_epoch(
     """Validate, keep the best weights, write the epoch's row, decide whether to stop."""
     row = {f"train/{name}": total / steps_per_epoch for name, total in state.sums.items()}
     row["train/learning_rate"] = settings.learning_rate_at(state.epoch)
-    due = (state.epoch + 1) % settings.validate_every_epochs == 0 or state.epoch + 1 == settings.epochs
+    last = state.epoch + 1 == settings.epochs
+    due = (state.epoch + 1) % settings.validate_every_epochs == 0 or last
     value = None
     if validate is not None and due:
         runner.eval()
@@ -323,13 +328,13 @@ def _end_of_epoch(
             raise UserError(f"validate returned {sorted(row)}, but the loop watches {monitor!r}")
         value = row[monitor]
     better = value is not None and np.isfinite(value) and (state.best_value is None or value < state.best_value)
-    if better or validate is None:
+    if better or (validate is None and last):
         state.best_value, state.best_epoch = value, state.epoch
         weights = _full_weights(runner, fabric)
         if fabric.global_rank == 0:
             note = {"epoch": state.epoch, "value": value, "identity": identity}
             save_tensors(directory / "best.safetensors", weights, note)
-    elif state.best_epoch < 0 and state.epoch + 1 == settings.epochs:
+    elif state.best_epoch < 0 and last:
         raise Diverged(f"{monitor} was never finite in {settings.epochs} epochs: lower learning_rate in params.yaml")
     patience = settings.early_stopping_epochs
     state.stopped = bool(patience and state.best_epoch >= 0 and state.epoch - state.best_epoch >= patience)
