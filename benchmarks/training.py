@@ -13,6 +13,7 @@ and size and time of a checkpoint as the model grows. Writes results/resume.csv 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,7 @@ LOOPS = {"bare": "bare PyTorch", "fit": "shared.training.fit"}
 EPOCHS = 2
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 GOAL = 0.03
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 8, "frameon": False}
 
 Problem = tuple[nn.Module, TensorDataset, Loss, TrainingSettings]
 
@@ -73,7 +75,7 @@ class Watch:
         return self.loss(model, batch, moment)
 
 
-# ----------------------------------------------------------------------------------------------- time and memory of a step
+# --- time and memory of a step ----------------------------------------------------------------------------------------
 
 
 def paper_problem(name: str) -> Problem:
@@ -122,14 +124,11 @@ def time_steps(name: str, loop: str) -> dict[str, float]:
     model, data, loss, settings = paper_problem(name)
     num_steps = EPOCHS * -(-len(data) // settings.batch_size)
     watch = Watch(loss, stop_at=num_steps)
-    try:
+    with contextlib.suppress(Enough), tempfile.TemporaryDirectory() as folder:
         if loop == "bare":
             train_bare(model, data, watch, settings)
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                train_fit(model, data, watch, settings, Path(folder))
-    except Enough:
-        pass
+            train_fit(model, data, watch, settings, Path(folder))
     return {
         "milliseconds_per_step": 1000 * watch.seconds / num_steps,
         "cpu_milliseconds_per_step": 1000 * watch.cpu_seconds / num_steps,
@@ -186,7 +185,7 @@ def overheads(rows: list[dict[str, Any]], model: str, quantity: str) -> list[flo
     return [mine / other - 1 for mine, other in zip(ours, bare, strict=True)]
 
 
-# -------------------------------------------------------------------------------------------------------------- restarts
+# --- restarts ---------------------------------------------------------------------------------------------------------
 
 
 def grown_problem(num_parameters: int) -> Problem:
@@ -204,16 +203,14 @@ def grown_problem(num_parameters: int) -> Problem:
 
 
 def time_restart(num_parameters: int, folder: Path) -> dict[str, float]:
-    """Train anew, stop in the second epoch, start again: the seconds before the first step of each, and a checkpoint's."""
+    """Train, stop in the second epoch, start again: the seconds before the first step of each, and of a checkpoint."""
 
     def seconds_before_first_step(stop_at: int, expected: int) -> float:
         model, data, loss, settings = grown_problem(num_parameters)
         watch = Watch(loss, stop_at)
         started = time.perf_counter()
-        try:
+        with contextlib.suppress(Enough):
             train_fit(model, data, watch, settings, directory)
-        except Enough:
-            pass
         assert watch.first_step == expected, f"started at step {watch.first_step}, not at step {expected}"
         return watch.started - started
 
@@ -263,10 +260,8 @@ def _train_until(sender: Connection, directory: str, die: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss(model, batch, moment)
 
-    try:
+    with contextlib.suppress(Enough):
         train_fit(model, data, watched, settings, Path(directory))
-    except Enough:
-        pass
 
 
 def measure_restarts(repeats: int) -> list[dict[str, Any]]:
@@ -291,14 +286,14 @@ def _summary(kind: str, num_parameters: int, turns: list[dict[str, float]]) -> d
     return row
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def draw_steps(rows: list[dict[str, Any]], where: str) -> None:
     """What the loop adds to the time of a step, turn by turn, and the peak memory of both loops."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for shift, (quantity, label) in enumerate(
         {"milliseconds_per_step": "wall time", "cpu_milliseconds_per_step": "processor time"}.items()
     ):
@@ -315,7 +310,7 @@ def draw_steps(rows: list[dict[str, Any]], where: str) -> None:
     left.set_yticks(range(len(MODELS)), MODELS.values())
     left.set_xlabel("added to the time of a training step (%)")
     left.set_ylim(len(MODELS) - 0.5, -0.5)
-    left.legend(fontsize=8)
+    left.legend(**BELOW, ncols=3)
     for shift, (loop, label) in enumerate(LOOPS.items()):
         peaks = [
             next(r["peak_mebibytes"] for r in rows if (r["model"], r["loop"]) == (m, loop)) for m in MODELS.values()
@@ -326,7 +321,7 @@ def draw_steps(rows: list[dict[str, Any]], where: str) -> None:
     right.set_xlabel("peak memory of the process (MiB)")
     right.margins(x=0.15)
     right.invert_yaxis()
-    right.legend(fontsize=8, loc="lower right")
+    right.legend(**BELOW, ncols=2)
     figure.suptitle(f"{where}, one thread", fontsize=9)
     save_figure("training", figure)
     plt.close(figure)
@@ -338,19 +333,26 @@ def draw_restarts(rows: list[dict[str, Any]], where: str) -> None:
 
     grown, killed = rows[:-1], rows[-1]
     parameters = [row["parameters"] for row in grown]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     labels = {"fresh_seconds": "new run, to its first step", "restart_seconds": "restarted run, to its next step"}
     for color, (quantity, label) in enumerate(labels.items()):
         left.loglog(parameters, [float(row[quantity]) for row in grown], "o-", color=f"C{color}", label=label)
         left.loglog(killed["parameters"], float(killed[quantity]), "s", color=f"C{color}")
-    left.annotate("whole process after SIGKILL:\nimports count too", (killed["parameters"], float(killed["fresh_seconds"])),
-                  xytext=(14, -4), textcoords="offset points", fontsize=8, va="center")  # fmt: skip
+    left.annotate(
+        "whole processes, SIGKILL between:\nimports count too",
+        (killed["parameters"], float(killed["fresh_seconds"])),
+        xytext=(14, -4),
+        textcoords="offset points",
+        fontsize=8,
+        va="center",
+    )
     left.set_ylabel("seconds")
-    left.legend(fontsize=8)
+    left.legend(**BELOW, ncols=2)
     right.loglog(parameters, [float(row["write_seconds"]) for row in grown], "o-", color="C2")
     for row in grown:
-        right.annotate(f"{float(row['checkpoint_mebibytes']):.3g} MiB", (row["parameters"], float(row["write_seconds"])),
-                       xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+        size = f"{float(row['checkpoint_mebibytes']):.3g} MiB"
+        place = (row["parameters"], float(row["write_seconds"]))
+        right.annotate(size, place, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     right.set_ylabel("seconds to write a checkpoint")
     for axis in (left, right):
         axis.set_xlabel("parameters of the model")

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,9 +65,8 @@ def stages_run(output: str) -> list[str]:
 def test_a_plain_copy_runs_with_no_edit_but_the_profile(root: Path, tmp_path: Path) -> None:
     """As `cp -r papers/cape papers/mine` leaves it, without a stage of its own in the root pipeline."""
     repository = Repository(root, tmp_path / "repository")
-    original = repository.add("cape", profile="small")
+    repository.add("cape", profile="small")
     repository.run("cp", "-r", "papers/cape", "papers/mine")
-    shutil.rmtree(original)
     copy = repository.folder / "papers" / "mine"
     set_profile(copy, "tiny")
     output = repository.run("dvc", "repro", "papers/mine/dvc.yaml").stdout
@@ -86,7 +86,7 @@ def test_an_experiment_with_another_profile(
     ]
     assert yaml.safe_load((folder / "params.yaml").read_text())["profile"] == "tiny"
     assert (folder / "results" / "tiny" / "verdict.json").is_file()
-    assert "dvc exp apply" in experiment.stdout or "Ran experiment" in experiment.stdout
+    assert "Ran experiment" in experiment.stdout
 
 
 def test_a_second_run_does_nothing(repository: Repository, experiment: object) -> None:
@@ -110,15 +110,27 @@ def test_two_papers_at_once(repository: Repository, pair: list[Path]) -> None:
         assert "up to date" in repository.run("dvc", "repro", f"papers/{folder.name}").stdout
 
 
-def test_a_busy_repository_says_so(repository: Repository, experiment: object) -> None:
-    """DVC's own lock, held here as by a `dvc` that does not end: a message, an error status, and a later run goes on."""
-    holder = repository.start(
-        "python", "-c", "import dvc.repo, sys; r = dvc.repo.Repo()\nwith r.lock: print('held', flush=True); input()"
+def test_a_locked_repository(repository: Repository, experiment: object) -> None:
+    """A `dvc` that holds the repository's lock for long makes others end with a message, and run when it has ended."""
+    program = "import dvc.repo; dvc.repo.Repo().lock.lock(); print('locked', flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=repository.folder,
+        env=repository.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
-        time.sleep(0)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        result = repository.run("dvc", "repro", "papers/cape", check=False)
+        assert result.returncode != 0
+        assert "Unable to acquire lock. Most likely another DVC process is running" in result.stderr
     finally:
         holder.kill()
+        holder.communicate()
+    assert "up to date" in repository.run("dvc", "repro", "papers/cape").stdout
 
 
 def test_ctrl_c_stops_the_whole_pipeline_and_a_rerun_completes_it(repository: Repository, pair: list[Path]) -> None:
@@ -134,7 +146,7 @@ def test_ctrl_c_stops_the_whole_pipeline_and_a_rerun_completes_it(repository: Re
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode != 0
     assert "error: stopped; run the same command again to continue where it was" in output
-    assert "failed to reproduce 'train@fno_cape'" in output.lower() or "exited with 130" in output
+    assert "exited with 130" in output
     output = repository.run("dvc", "repro", f"papers/{folder.name}").stdout
     assert stages_run(output)[0] == f"papers/{folder.name}/dvc.yaml:train@fno_cape"
     assert scores(folder) == scores(repository.folder / "papers" / "cape")

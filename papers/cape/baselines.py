@@ -1,8 +1,9 @@
 """The networks that CAPE stands in front of, and the variants it is compared with.
 
 A model's name is its base, `fno`, `unet` or `mpnn`, and a suffix: none (one frame in, parameters unknown), `_pino`
-(the same network, trained with the residual of the equation as well), `_conditional` (parameters as constant
-channels), `_two_frames` (two frames in, from which the speed of change can be read) or `_cape`.
+(the same network, trained with the residual of the equation as well; `_pino_official` with that of the published code),
+`_conditional` (parameters as constant channels), `_two_frames` (two frames in, from which the speed of change can be
+read) or `_cape`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .data import EquationData
 from .model import CAPE, CAPEModel, condition
 
 BASES = ("fno", "unet", "mpnn")
-VARIANTS = ("", "pino", "conditional", "two_frames", "cape")
+VARIANTS = ("", "pino", "pino_official", "conditional", "two_frames", "cape")
 
 
 class ModelSettings(Strict):

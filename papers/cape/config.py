@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
@@ -39,9 +39,6 @@ class Experiment(Strict):
     guess_weight: NonNegativeFloat = Field(5.7e-5, description="α, weight of CAPE's own loss")
     gradient_penalty: NonNegativeFloat = Field(0.0, description="weight; the paper's is 5.16e-4, in 1D only")
     physics_weight: NonNegativeFloat = Field(1.0, description="weight of the equation's residual in *_pino")
-    physics_residual: Literal["correct", "official"] = Field(
-        "correct", description="official: the published code's Burgers residual, wrong in sign and without 1/π"
-    )
 
     @field_validator("models")
     @classmethod

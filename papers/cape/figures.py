@@ -33,6 +33,7 @@ LABELS = {
     "conditional": "conditional",
     "two_frames": "two frames",
     "pino": "PINO",
+    "pino_official": "PINO, published residual",
     "teacher_forcing": "teacher forcing",
     "autoregressive": "autoregressive",
     "push_forward": "push-forward",
@@ -47,7 +48,18 @@ PARAMETER_LABELS = {
 }
 SYMBOLS = {"advection": "β", "burgers": "ν", "navier_stokes": "(η, ζ, M)"}
 # The models that answer the question; the curricula are compared in the figure of all models.
-MAIN = ("fno", "fno_conditional", "fno_two_frames", "fno_pino", "fno_cape", "unet", "unet_cape", "mpnn", "mpnn_cape")
+MAIN = (
+    "fno",
+    "fno_conditional",
+    "fno_two_frames",
+    "fno_pino",
+    "fno_cape",
+    "unet",
+    "unet_cape",
+    "fno_pino_official",
+    "mpnn",
+    "mpnn_cape",
+)
 COLORS = dict(zip(MAIN, plt.cm.tab10.colors, strict=False)) | {"persistence": "0.5"}
 
 

@@ -89,14 +89,12 @@ class Objective:
         self.experiment: Experiment = stage.params.experiments[equation]
         network, self.schedule = split_name(str(stage.model))
         self.residual = None
-        if network.endswith("_pino"):
-            name = "burgers_official" if self._uses_published_residual(equation) else equation
+        variant = parse_name(network)[1]
+        if variant.startswith("pino"):
+            name = equation + variant.removeprefix("pino")
             self.residual = equation_residual(name, float(training_set.times[1] - training_set.times[0]))
         self.lowest = torch.from_numpy(training_set.parameters.min(axis=0))
         self.highest = torch.from_numpy(training_set.parameters.max(axis=0))
-
-    def _uses_published_residual(self, equation: str) -> bool:
-        return equation == "burgers" and self.experiment.physics_residual == "official"
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, ...], moment: Moment) -> Mapping[str, Tensor]:
         frames, parameters = batch
