@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import reprlib
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+try:
+    # libyaml's parser, where PyYAML was built with it: seven times as fast, and just as safe.
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:
+    from yaml import SafeLoader
 
 if TYPE_CHECKING:
     from shared.tracking import Run
@@ -89,7 +96,11 @@ def data_root() -> Path:
 def read_yaml(path: Path) -> Any:
     """Safe-load a YAML file; `UserError` names file, line and column of a mistake."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.load(text, Loader=SafeLoader)
+        # Once more with the slow parser, whose message quotes the line that is wrong.
+        return yaml.safe_load(text)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

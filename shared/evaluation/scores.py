@@ -246,16 +246,25 @@ def _processor() -> str:
 
 def _canonical(node: Any) -> str:
     """A syntax tree as text that is the same on every Python version: empty fields and docstrings are left out."""
-    if isinstance(node, list):
-        return "[" + ",".join(map(_canonical, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _has_docstring(node):
-        fields["body"] = node.body[1:]
-    return f"{type(node).__name__}({','.join(f'{name}={_canonical(value)}' for name, value in fields.items())})"
+    fields = []
+    # Leaves are written here instead of in a call of their own: there are a hundred thousand in a few papers.
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if isinstance(value, ast.AST):
+            fields.append(f"{name}={_canonical(value)}")
+        elif isinstance(value, list):
+            items = value[1:] if name == "body" and _has_docstring(node) else value
+            if value:
+                fields.append(f"{name}=[{','.join([_canonical(item) for item in items])}]")
+        elif value is not None:
+            fields.append(f"{name}={value!r}")
+    return f"{type(node).__name__}({','.join(fields)})"
 
 
-def _has_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+def _has_docstring(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
     first = node.body[0] if node.body else None
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
