@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported anywhere: tests run side by side, and threads that compete ruin them all.
@@ -15,12 +14,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _isolated_tracking(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _isolated_tracking(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests track nothing, and those that do so on purpose never touch the repository's own store."""
     monkeypatch.setenv("REPRISE_TRACKING", "off")
     monkeypatch.setenv("REPRISE_SPOOL", str(tmp_path_factory.mktemp("spool")))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    yield
 
 
 @pytest.fixture(scope="session")
