@@ -33,7 +33,7 @@ papers/%: .venv/.installed FORCE
 test: .venv/.installed
 	ruff check .
 	ruff format --check .
-	pytest -n auto --dist loadgroup
+	pytest -n auto --dist loadfile
 
 ui: .venv/.installed
 	@reprise ui

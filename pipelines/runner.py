@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.config import Stage, UserError, load_params, repo_root
-from shared.files import write_json
-
-# What `atomic_path` names a file that is being written.
-UNFINISHED = ".*-????????.*"
+from shared.files import remove_unfinished, write_json
 
 
 def run_stage(folder: Path, name: str, model: str | None = None) -> None:
@@ -119,8 +116,7 @@ def _claimed(folder: Path, label: str) -> Iterator[None]:
             )
         if _lock(of_any):
             for place in ("data", "runs", "results"):
-                for path in (folder / place).rglob(UNFINISHED):
-                    path.unlink()
+                remove_unfinished(folder / place)
         fcntl.flock(of_any, fcntl.LOCK_SH)
         yield
 

@@ -32,6 +32,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`; nothing may be writing there any more."""
+    # The names that atomic_path gives: a dot, the stem, and eight random characters.
+    for path in folder.rglob(".*-????????.*"):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     with atomic_path(path) as temporary:

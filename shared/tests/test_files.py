@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.files import atomic_path, write_json, write_text
+from shared.files import atomic_path, remove_unfinished, write_json, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -30,6 +30,17 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
         write_half_and_fail()
     assert path.read_text() == "one"
     assert os.listdir(tmp_path) == ["note.txt"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    kept = [tmp_path / ".gitignore", tmp_path / "deep" / "scores.csv"]
+    for path in kept:
+        write_text(path, "whole")
+    writing = atomic_path(tmp_path / "deep" / "scores.csv")
+    temporary = writing.__enter__()  # the process dies here
+    assert temporary.exists()
+    remove_unfinished(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

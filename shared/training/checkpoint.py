@@ -26,7 +26,10 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], note: dict[str, A
         out[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
     with atomic_path(path) as temporary:
-        save_file(out, temporary, metadata={"note": json.dumps(note or {})})
+        try:
+            save_file(out, temporary, metadata={"note": json.dumps(note or {})})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} was not written: {error}") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
-from safetensors import SafetensorError
-
 from shared.config import UserError
 
 Report = Callable[[float, str], None]
@@ -140,7 +138,7 @@ def _call(job: Job, report: Report) -> Any:
         return job.function(*job.arguments, report)
     except UserError as error:
         raise type(error)(f"{job.label}: {error}") from None
-    except (OSError, SafetensorError) as error:  # the latter is what a checkpoint meets on a full disk
+    except OSError as error:
         raise UserError(
             f"{job.label}: {error}. Make room or mend the permissions, then run the same command again: finished runs "
             "are kept, others continue"
