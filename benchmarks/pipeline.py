@@ -67,8 +67,7 @@ def make_repository(folder: Path, count: int) -> Repository:
     lock["stages"] = {f"papers/{name}": recorded for name in names}
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {f"papers/{name}": root_stage(name) for name in names}}))
-    for name in {names[0], names[-1]}:
-        assert UP_TO_DATE in repository.run("dvc", "repro", f"papers/{name}").stdout, f"papers/{name} is not up to date"
+    assert UP_TO_DATE in repository.run("dvc", "repro", f"papers/{names[-1]}").stdout, "a copy is not up to date"
     return repository
 
 
