@@ -206,7 +206,8 @@ def _claims_table(paper: Paper, verdict: Verdict) -> str:
         result = judged.get(claim.id)
         outcome = f"{SYMBOLS[result.verdict]} {result.verdict}" if result else "not judged yet"
         evidence = "<br>".join(map(_cell, _evidence(result))) if result else ""
-        figures = f"{_cell(claim.figures)} ({claim.mark}; {_cell(claim.place)})"
+        source = "" if claim.mark == "not obtained" else f"{claim.mark}; "
+        figures = f"{_cell(claim.figures)} ({source}{_cell(claim.place)})"
         rows.append([claim.id, _cell(claim.statement), figures, evidence, f"**{outcome}**"])
     note = "In brackets: 95 % bootstrap intervals over seeds and test items. Improvements count + where better."
     return _table(["", "claim", "paper", "here", "verdict"], rows) + f"\n\n{note}"

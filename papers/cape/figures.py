@@ -60,7 +60,8 @@ MAIN = (
     "mpnn",
     "mpnn_cape",
 )
-COLORS = dict(zip(MAIN, plt.cm.tab10.colors, strict=False)) | {"persistence": "0.5"}
+# Gray is left to persistence.
+COLORS = dict(zip(MAIN, [*plt.cm.tab10.colors[:7], "olive", "teal", "black"], strict=True)) | {"persistence": "0.5"}
 
 
 def label(name: str) -> str:
@@ -167,23 +168,28 @@ def _curves(
                 continue
             grouped = of_model.groupby(column).value
             x, mean = np.array(list(grouped.groups)), grouped.mean().to_numpy()
-            style = {"ls": "--"} if name == "persistence" else {"marker": "o" if markers else None, "ms": 3}
-            axis.plot(x, mean, color=color(name), label=label(name), lw=1.5, **style)
             axis.fill_between(x, grouped.min(), grouped.max(), color=color(name), alpha=0.15, lw=0)
+            style = {"ls": "--"} if name == "persistence" else {"marker": "o" if markers else "", "ms": 3}
+            axis.plot(x, mean, color=color(name), label=label(name), lw=1.5, **style)
         axis.set_yscale("log")
-        _plain_ticks(axis.yaxis)
         axis.set_xlabel(xlabels[equation])
         axis.grid(which="both", alpha=0.2)
         axis.set_title(f"{equation.replace('_', '–')}, {regime}", fontsize=10)
     for row in axes:
         row[0].set_ylabel("nRMSE")
+        # Persistence is exact after a full period and far off elsewhere: the models set the scale.
+        lines = [line for axis in row for line in axis.lines if line.get_label() in map(label, MAIN)]
+        heights = np.concatenate([line.get_ydata() for line in lines])
+        row[0].set_ylim(0.8 * heights.min(), 1.25 * heights.max())
+        _plain_ticks(row[0].yaxis)
     _legend(figure)
     return figure
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten of a logarithmic axis, written as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Ticks of a logarithmic axis written as plain numbers: powers of ten and, if it spans few, 2 and 5 times them."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -222,7 +228,7 @@ def rollouts(stage: Stage, equation: str, examples: Mapping[tuple[str, str, str]
 
 
 def _sample_of_each_regime(stage: Stage, equation: str) -> Any:
-    """(split, index, title, times) of the first sample of the middle parameter value of each regime."""
+    """(split, index, title, times) of the most varied sample of the middle parameter value of each regime."""
     for regime, split in (("seen", "test"), ("interpolated", "unseen"), ("extrapolated", "unseen")):
         if split == "unseen" and not stage.params.equations[equation].unseen_parameters:
             continue
@@ -231,7 +237,8 @@ def _sample_of_each_regime(stage: Stage, equation: str) -> Any:
         if not len(values):
             continue
         chosen = values[len(values) // 2]
-        index = int(np.flatnonzero((test_set.parameters == chosen).all(axis=1))[0])
+        candidates = np.flatnonzero((test_set.parameters == chosen).all(axis=1))
+        index = int(max(candidates, key=lambda candidate: test_set.u[candidate, 0].std()))
         text = ", ".join(f"{value:g}" for value in chosen)
         yield split, index, f"{regime}, {SYMBOLS[equation]} = {text}", test_set.times
 
