@@ -23,6 +23,7 @@ def run_stage(folder: Path, name: str, model: str | None = None) -> None:
     """Run stage `name` of the paper in `folder`: the function of that name in `<name>.py`, or in `data.py`.
 
     Reads params.yaml, tracks the stage as an MLflow run, and leaves wall time and peak memory under `runs/timing/`.
+    The stage `prepare` also leaves the profile's params in `data/params.json`.
     """
     # Small models are fastest on one thread; a stage that profits from more asks for them itself.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,7 +48,12 @@ def run_stage(folder: Path, name: str, model: str | None = None) -> None:
         ) as run,
         _measured() as measured,
     ):
-        function(Stage(folder, name, profile, params, model, run))
+        stage = Stage(folder, name, profile, params, model, run)
+        function(stage)
+        if name == "prepare":
+            # Later stages depend on the data, and through this file on the params: DVC then records these once a
+            # paper instead of once a stage, which it would read again at every command.
+            write_json(stage.data_dir / "params.json", params.model_dump(mode="json"))
     write_json(
         folder / "runs" / "timing" / profile / f"{label}.json",
         {"stage": name, "model": model, "run_id": run.id, **measured},
