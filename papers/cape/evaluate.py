@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from shared.config import Stage
 from shared.evaluation.metrics import field_metrics
 from shared.evaluation.scores import write_metrics, write_scores
+from shared.tracking import open_run
 from shared.training import load_weights
 
 from . import data, figures
@@ -65,9 +67,21 @@ def evaluate(stage: Stage[Params]) -> None:
         stage.run.log_table(stage.results_dir / "scores.csv")
         for path in paths:
             stage.run.log_artifact(path, "figures")
-        overall = frame[frame.metric.eq("nrmse") & frame.time.isna() & frame.parameter.isna()]
-        means = overall.groupby(["dataset", "model"]).value.mean()
-        stage.run.log({f"test/nrmse/{dataset}/{model}": value for (dataset, model), value in means.items()}, step=0)
+        track_scores(stage, frame)
+
+
+def track_scores(stage: Stage[Params], frame: pd.DataFrame) -> None:
+    """Add each model's and seed's test errors to the run that trained it, as `test/nrmse/<equation>/<regime>`."""
+    overall = frame[frame.metric.eq("nrmse") & frame.time.isna() & frame.parameter.isna()]
+    equations = overall.dataset.str.split("/").str[0]
+    for (name, equation, seed), rows in overall.groupby(["model", equations, "seed"]):
+        record = stage.runs_dir / name / equation / f"seed{seed}" / "run.json"
+        if record.is_file():
+            with open_run(json.loads(record.read_text(encoding="utf-8"))["run_id"]) as run:
+                values = {
+                    f"test/nrmse/{dataset}": value for dataset, value in zip(rows.dataset, rows.value, strict=True)
+                }
+                run.log(values, step=stage.params.experiments[equation].training.epochs)
 
 
 def load_models(

@@ -46,6 +46,8 @@ Report = Callable[[float, str], None]
 class MetricLog(Protocol):
     """What the loop needs of a tracked run."""
 
+    id: str
+
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
 
@@ -106,21 +108,36 @@ def fit(
     included, to the same numbers as an uninterrupted run: data order and randomness are functions of `seed` and the
     step alone. A checkpoint whose `fingerprint` (params, data, code) or settings differ is not continued.
     A finished run is not repeated. Raises `Diverged` if the loss stops being finite.
+
+    `track` gets a row an epoch, those of before an interruption too; its id is kept in `directory/run.json`, so that
+    an evaluation can add to the run.
     """
     fabric = fabric or make_fabric(settings)
     directory.mkdir(parents=True, exist_ok=True)
-    identity = _digest(fingerprint, seed, settings.model_dump(mode="json"), _describe(model))
-    finished = _finished(directory, identity)
-    if finished is not None:
-        model.load_state_dict(load_tensors(directory / "best.safetensors")[0])
-        return finished
-
-    _seed_everything(seed, 0, 0)
     size = len(data)  # type: ignore[arg-type]
     if size == 0:
         raise UserError("the training set is empty: check the numbers of samples in params.yaml")
     batch_size = min(settings.batch_size, size)
     steps_per_epoch = -(-size // batch_size)
+    log = track if fabric.global_rank == 0 else None
+    if log is not None:
+        write_json(directory / "run.json", {"run_id": log.id})
+
+    def log_epoch(row: Mapping[str, float]) -> None:
+        if log is not None:
+            epochs = int(row["epoch"]) + 1
+            values = {name: value for name, value in row.items() if name != "epoch"}
+            log.log(values, step=epochs * steps_per_epoch if settings.log_every_steps else epochs)
+
+    identity = _digest(fingerprint, seed, settings.model_dump(mode="json"), _describe(model))
+    finished = _finished(directory, identity)
+    if finished is not None:
+        model.load_state_dict(load_tensors(directory / "best.safetensors")[0])
+        for row in finished.history:
+            log_epoch(row)
+        return finished
+
+    _seed_everything(seed, 0, 0)
     runner = fabric.setup_module(_Call(model))
     optimizer = fabric.setup_optimizers(_make_optimizer(runner, settings))
     if isinstance(data, TensorDataset):
@@ -128,6 +145,8 @@ def fit(
 
     state = _State()
     _resume(fabric, runner, optimizer, directory / "last.safetensors", identity, state)
+    for row in state.history:
+        log_epoch(row)
     started = time.perf_counter() - state.seconds
     pending: list[tuple[int, dict[str, Tensor]]] = []
     log_every = 1 if fabric.device.type == "cpu" else 20
@@ -158,10 +177,9 @@ def fit(
             optimizer.zero_grad()
             pending.append((step, {name: value.detach() for name, value in losses.items()}))
             state.step_in_epoch = index + 1
-            if track is not None and settings.log_every_steps and (step + 1) % settings.log_every_steps == 0:
+            if log is not None and settings.log_every_steps and (step + 1) % settings.log_every_steps == 0:
                 flush()
-                if fabric.global_rank == 0:
-                    track.log({"train/loss": state.last_loss, "train/learning_rate": rate}, step=step + 1)
+                log.log({"train/loss": state.last_loss, "train/learning_rate": rate}, step=step + 1)
             if len(pending) >= log_every:
                 flush()
                 if report:
@@ -171,7 +189,8 @@ def fit(
                 flush()
                 save()
         flush()
-        _end_of_epoch(runner, validate, monitor, settings, directory, identity, track, fabric, state, steps_per_epoch)
+        _end_of_epoch(runner, validate, monitor, settings, directory, identity, fabric, state, steps_per_epoch)
+        log_epoch(state.history[-1])
         last = state.stopped or state.epoch == settings.epochs
         if last or state.epoch % settings.checkpoint_every_epochs == 0:
             save()
@@ -309,7 +328,6 @@ def _end_of_epoch(
     settings: TrainingSettings,
     directory: Path,
     identity: str,
-    track: MetricLog | None,
     fabric: Fabric,
     state: _State,
     steps_per_epoch: int,
@@ -340,8 +358,6 @@ def _end_of_epoch(
     state.stopped = bool(patience and state.best_epoch >= 0 and state.epoch - state.best_epoch >= patience)
     state.history.append({"epoch": state.epoch, **row})
     state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
-    if track is not None and fabric.global_rank == 0:
-        track.log(row, step=state.epoch * steps_per_epoch if settings.log_every_steps else state.epoch)
 
 
 def _is_sharded(fabric: Fabric) -> bool:

@@ -34,6 +34,8 @@ def run_program(*arguments: str, launcher: tuple[str, ...] = (), **environment: 
 
 
 class MemoryLog:
+    id = "memory"
+
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
 
@@ -175,6 +177,26 @@ def test_losses_are_logged_by_epoch_or_by_step(tmp_path: Path) -> None:
     assert [step for step, _ in by_epoch.rows] == [1, 2, 3, 4]
     assert {"train/loss", "train/learning_rate", "train/gradient_norm"} <= by_epoch.rows[0][1].keys()
     assert [step for step, _ in by_step.rows] == [2, 4, 5, 6, 8, 10, 10, 12, 14, 15, 16, 18, 20, 20]
+
+
+def test_every_tracked_run_shows_the_whole_curve(tmp_path: Path) -> None:
+    """The earlier epochs of a run that was interrupted, or had finished before, are logged again."""
+
+    def interrupted(model: nn.Module, batch: tuple[Tensor, ...], moment: Moment) -> dict[str, Tensor]:
+        if moment.epoch == 2:
+            raise KeyboardInterrupt
+        return problem.loss(model, batch, moment)
+
+    logs = [MemoryLog() for _ in range(3)]
+    options = {"directory": tmp_path, "seed": 0}
+    with pytest.raises(KeyboardInterrupt):
+        fit(problem.make_model(), problem.make_data(), interrupted, problem.SETTINGS, track=logs[0], **options)
+    for log in logs[1:]:
+        fit(problem.make_model(), problem.make_data(), problem.loss, problem.SETTINGS, track=log, **options)
+    assert [step for step, _ in logs[0].rows] == [1, 2]
+    assert [step for step, _ in logs[1].rows] == [1, 2, 3, 4]
+    assert logs[1].rows == logs[2].rows
+    assert json.loads((tmp_path / "run.json").read_text()) == {"run_id": "memory"}
 
 
 def test_learning_rate_schedules_by_hand() -> None:
