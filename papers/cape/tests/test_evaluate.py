@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ import torch
 
 from shared.config import Stage, UserError, load_params
 from shared.evaluation.scores import overall, read_scores
+from shared.files import write_json
+from shared.tracking import Run
 from shared.training import save_weights
 
+from .. import evaluate as evaluation
 from .. import figures
 from ..baselines import model_like
 from ..config import Params, split_name
 from ..data import EquationData, load, prepare
-from ..evaluate import evaluate, predict, scores
+from ..evaluate import evaluate, predict, scores, track_scores
 
 FOLDER = Path(__file__).parents[1]
 
@@ -195,3 +199,29 @@ def test_a_model_that_was_not_trained_is_named(untrained: Stage[Params]) -> None
 )
 def test_labels(name: str, text: str) -> None:
     assert figures.label(name) == text
+
+
+def test_test_errors_go_to_the_runs_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, params = load_params(FOLDER / "params.yaml", Params, "tiny")
+    stage = Stage(tmp_path, "evaluate", "tiny", params)
+    write_json(tmp_path / "runs" / "fno" / "burgers" / "seed1" / "run.json", {"run_id": "of seed 1"})
+    common = {"model": "fno", "metric": "nrmse", "time": math.nan, "parameter": math.nan}
+    frame = pd.DataFrame(
+        [
+            common | {"dataset": "burgers/seen", "seed": 0, "value": 0.1},  # trained without tracking
+            common | {"dataset": "burgers/seen", "seed": 1, "value": 0.2},
+            common | {"dataset": "burgers/interpolated", "seed": 1, "value": 0.3},
+            common | {"dataset": "burgers/seen", "seed": 1, "value": 0.4, "time": 0.5},
+            common | {"model": "persistence", "dataset": "burgers/seen", "seed": 0, "value": 1.0},
+        ]
+    )
+    logged = {}
+
+    class Opened(Run):
+        def log(self, metrics: Mapping[str, float], step: int) -> None:
+            logged[self.id, step] = dict(metrics)
+
+    monkeypatch.setattr(evaluation, "open_run", lambda run_id: Opened(run_id, None))
+    track_scores(stage, frame)
+    epochs = params.experiments["burgers"].training.epochs
+    assert logged == {("of seed 1", epochs): {"test/nrmse/burgers/seen": 0.2, "test/nrmse/burgers/interpolated": 0.3}}
