@@ -79,17 +79,6 @@ def field_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
     return metrics
 
 
-def relative_l2(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of ||prediction - target||_2 / ||target||_2, all other axes flattened; a scalar.
-
-    The usual training loss; takes fields of any shape [batch, ...].
-    """
-    if prediction.shape != target.shape or prediction.ndim < 2:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must be [batch, ...]")
-    norms = torch.linalg.vector_norm(target.flatten(1), dim=1)
-    return (torch.linalg.vector_norm((prediction - target).flatten(1), dim=1) / norms).mean()
-
-
 def _error(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape != target.shape or prediction.ndim not in (4, 5):
         raise ValueError(

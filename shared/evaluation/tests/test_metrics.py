@@ -92,16 +92,7 @@ def test_nrmse_of_doubled_and_of_zero_fields_is_one() -> None:
     assert not metrics.nrmse(target, 0 * target).isfinite().any()
 
 
-def test_relative_l2_by_hand() -> None:
-    target = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    # Errors of norm 5 and 1 over norms 5 and 2.
-    prediction = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    assert metrics.relative_l2(prediction, target).item() == pytest.approx((1.0 + 0.5) / 2)
-
-
 @pytest.mark.parametrize("shapes", [((2, 3, 8), (2, 3, 8)), ((1, 1, 1, 8), (1, 1, 1, 9)), ((1,) * 6, (1,) * 6)])
 def test_refuses_other_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="must both be"):
         metrics.nrmse(torch.ones(shapes[0]), torch.ones(shapes[1]))
-    with pytest.raises(ValueError, match="must be"):
-        metrics.relative_l2(torch.ones(3), torch.ones(3))
