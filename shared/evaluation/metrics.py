@@ -1,10 +1,9 @@
 """Errors of predicted fields.
 
-Fields are [batch, time, channels, *space] with one or two axes of space. Every metric but the relative L2 loss returns
-one number a sample, frame and channel, [batch, time, channels], so that the caller decides what to average: over all
-of it for a headline number, over all but time for a curve. Definitions follow PDEBench (Takamoto et al. 2022,
-arXiv 2210.07182, appendix B), taken a sample at a time. Frames that were given to the model, the initial ones, do not
-belong in.
+Fields are [batch, time, channels, *space] with one or two axes of space. Every metric returns one number a sample,
+frame and channel, [batch, time, channels], so that the caller decides what to average: over all of it for a headline
+number, over all but time for a curve. Definitions follow PDEBench (Takamoto et al. 2022, arXiv 2210.07182, appendix B),
+taken a sample at a time. Frames that were given to the model, the initial ones, do not belong in.
 """
 
 from __future__ import annotations
