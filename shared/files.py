@@ -32,10 +32,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Files under `folder` that are being written, or that killed processes left half-written."""
+    # The names that atomic_path gives: a dot, the stem, and eight random characters.
+    return list(folder.rglob(".*-????????.*"))
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes left half-written in `folder`; nothing may be writing there any more."""
-    # The names that atomic_path gives: a dot, the stem, and eight random characters.
-    for path in folder.rglob(".*-????????.*"):
+    for path in unfinished(folder):
         path.unlink(missing_ok=True)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipelines.runner import UNFINISHED
+from shared.files import unfinished
 from tests.repository import Repository, edit_yaml, keep_models
 
 MODEL = "fno_cape"
@@ -75,11 +75,6 @@ def refused(repository: Repository, folder: Path, *command: str, **environment: 
     assert len(re.findall("^error: ", result.stderr, re.MULTILINE)) == 1
     assert unfinished(folder) == []
     return " ".join(result.stderr.split())
-
-
-def unfinished(folder: Path) -> list[Path]:
-    """Files that somebody began to write."""
-    return list(folder.rglob(UNFINISHED))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
