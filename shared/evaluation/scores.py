@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,10 +145,10 @@ def code_digest(folder: Path, modules: Collection[str] | None = None) -> str:
         name = path.relative_to(folder)
         if NOT_CODE.isdisjoint(name.parts[:-1]) and (modules is None or name.as_posix() in modules):
             try:
-                tree = ast.parse(path.read_text(encoding="utf-8"))
+                said = _meaning(path.read_text(encoding="utf-8"))
             except SyntaxError as error:
                 raise UserError(f"{path} is not valid Python (line {error.lineno}: {error.msg})") from None
-            digest.update(f"{name.as_posix()}\n{_canonical(tree)}\n".encode())
+            digest.update(f"{name.as_posix()}\n{said}\n".encode())
     return digest.hexdigest()
 
 
@@ -242,6 +243,12 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1024)
+def _meaning(code: str) -> str:
+    """What Python code says, as text. A file is asked about once a profile, and copied papers share most of theirs."""
+    return _canonical(ast.parse(code))
 
 
 def _canonical(node: Any) -> str:
