@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from shared.config import Stage, UserError, load_params, repo_root
+from shared.config import Stage, UserError, load_params, read_yaml, repo_root
 from shared.files import remove_unfinished, write_json
 
 
@@ -39,12 +39,13 @@ def run_stage(folder: Path, name: str, model: str | None = None) -> None:
     title = " · ".join(part for part in (name, model, profile) if part)
     tags = {"stage": name, "profile": profile} | ({"model": model} if model else {})
     readme = folder / "README.md"
-    description = readme.read_text(encoding="utf-8") if readme.exists() else None
+    about = readme.read_text(encoding="utf-8") if readme.exists() else None
+    description = describe_stage(folder, name, model)
     with (
         _claimed(folder, label),
         tracking.deliver(),
         tracking.start_run(
-            folder.name, title, experiment_description=description, params=flatten(params), tags=tags
+            folder.name, title, description=description, experiment_description=about, params=flatten(params), tags=tags
         ) as run,
         _measured() as measured,
     ):
@@ -82,12 +83,17 @@ def find_stage(folder: Path, package: str, name: str) -> Callable[[Stage], None]
             function = getattr(importlib.import_module(f"{package}.{module_name}"), name, None)
             if callable(function):
                 return function
-    from shared.config import read_yaml
-
     known = sorted((read_yaml(folder / "dvc.yaml") or {}).get("stages", {}))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UserError(f"{folder.name} has no stage {name!r}{hint}; its dvc.yaml has: {', '.join(known)}")
+
+
+def describe_stage(folder: Path, name: str, model: str | None = None) -> str | None:
+    """What dvc.yaml says of a stage in its `desc`; None where it says nothing."""
+    stage = (read_yaml(folder / "dvc.yaml") or {}).get("stages", {}).get(name, {})
+    description = stage.get("do", stage).get("desc")
+    return description.replace("${item}", str(model)) if description else None
 
 
 def flatten(params: Any, prefix: str = "") -> dict[str, Any]:

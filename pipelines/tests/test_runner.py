@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import runner
-from pipelines.runner import find_stage, flatten, import_paper, run_stage
+from pipelines.runner import describe_stage, find_stage, flatten, import_paper, run_stage
 from shared.config import Strict, UserError
 
 CONFIG = """
@@ -67,6 +67,19 @@ def paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in [name for name in sys.modules if name.split(".")[0] == "papers"]:
         del sys.modules[name]
     sys.modules |= kept
+
+
+def test_a_stage_is_described_as_in_dvc_yaml(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n"
+        "  prepare: {cmd: x, desc: Make the data}\n"
+        "  train: {foreach: [a], do: {cmd: x, desc: 'Train ${item}'}}\n"
+        "  evaluate: {cmd: x}\n"
+    )
+    described = [describe_stage(tmp_path, "prepare"), describe_stage(tmp_path, "train", "a")]
+    assert described == ["Make the data", "Train a"]
+    assert describe_stage(tmp_path, "evaluate") is None
+    assert describe_stage(tmp_path, "unlisted") is None
 
 
 def test_flatten() -> None:
