@@ -42,8 +42,8 @@ FLUSH_SECONDS = 1.0
 
 
 def enabled() -> bool:
-    """Whether runs are tracked: everywhere but under `REPRISE_TRACKING=off`."""
-    return os.environ.get("REPRISE_TRACKING", "").lower() != "off"
+    """Whether runs are tracked: not under `REPRISE_TRACKING=off`, nor by later processes of a distributed run."""
+    return os.environ.get("REPRISE_TRACKING", "").lower() != "off" and int(os.environ.get("RANK", 0)) == 0
 
 
 def spool_root() -> Path:

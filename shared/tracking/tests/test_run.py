@@ -166,8 +166,12 @@ def test_a_writer_lives_until_it_ends(spool: Path) -> None:
     assert not records.writer_lives(folder)
 
 
-def test_off_records_nothing(spool: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("REPRISE_TRACKING", "off")
+@pytest.mark.parametrize(("variable", "value"), [("REPRISE_TRACKING", "off"), ("RANK", "1")])
+def test_off_records_nothing(
+    variable: str, value: str, spool: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Switched off, or in a distributed run's processes other than the first."""
+    monkeypatch.setenv(variable, value)
     with start_run("cape", "train", system_metrics=True) as run, open_run(run.id) as again:
         run.log({"loss": 1.0}, step=0)
         run.log_artifact(tmp_path / "none.png")
