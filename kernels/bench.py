@@ -17,19 +17,24 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+Run = Callable[..., Any]
+Implementations = Mapping[str, tuple[Run, tuple[Tensor, ...]]]
 KEYS = (
     "operator",
     "implementation",
@@ -48,6 +53,31 @@ KEYS = (
 OPERATORS = ("linear_attention", "delta_rule")
 SHORTEST_SECONDS = 2e-3  # a measurement is repeated inside until it takes this long: clocks are coarse
 MAIN = "reprise"
+RECURRENCE = "step recurrence"
+FLASH = "flash-linear-attention"
+ATTENTION = "SDPA, causal"
+THREADS = 2
+LONGEST_RECURRENCE = 2048  # tokens; beyond, step-by-step implementations take seconds a call
+DECODED = tuple(1024 * 2**i for i in range(7))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of queries, keys and values `[batch, length, heads, dim]`."""
+
+    batch: int
+    length: int
+    heads: int
+    dim: int
+
+    @property
+    def tokens(self) -> int:
+        """Over the batch and all heads."""
+        return self.batch * self.length * self.heads
+
+
+Work = Callable[[Shape, str], tuple[float, float]]
+"""Of a shape and a pass: floating-point operations, and numbers read and written."""
 
 
 def synchronize() -> None:
@@ -142,10 +172,125 @@ def peak_bandwidth(device: str) -> float:
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(10))
 
 
-def floor(flops: float, traffic: float, peaks: tuple[float, float]) -> tuple[float, str]:
-    """Milliseconds that the operations and the bytes alone would take, and which of the two decides (roofline)."""
-    compute, bandwidth = 1e3 * flops / peaks[0], 1e3 * traffic / peaks[1]
-    return (compute, "compute") if compute >= bandwidth else (bandwidth, "bandwidth")
+@dataclass(frozen=True)
+class Peaks:
+    """What a machine can do: operations and bytes a second."""
+
+    flops: float
+    bandwidth: float
+
+    def floor(self, flops: float, traffic: float) -> tuple[float, str]:
+        """Milliseconds the operations and the bytes alone would take, and which of the two decides (roofline)."""
+        compute, bandwidth = 1e3 * flops / self.flops, 1e3 * traffic / self.bandwidth
+        return (compute, "compute") if compute >= bandwidth else (bandwidth, "bandwidth")
+
+
+def measure_peaks(device: str, dtype: torch.dtype) -> Peaks:
+    """The peaks that large products and copies reach on this machine now."""
+    return Peaks(peak_flops(device, dtype), peak_bandwidth(device))
+
+
+@contextmanager
+def threads(number: int = THREADS) -> Iterator[None]:
+    """So many threads for PyTorch on a CPU, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def forward(function: Run, *inputs: Tensor) -> Callable[[], object]:
+    """A call of `function(*inputs)` without gradients."""
+
+    def run() -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax attention in its own layout, `[B, H, T, D]`."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def attention_work(shape: Shape, name: str) -> tuple[float, float]:
+    """Of causal attention: two products over half of T² forward, five more backward."""
+    products, tensors = (2, 4) if name == "forward" else (7, 12)
+    return products * shape.tokens * shape.length * shape.dim, tensors * shape.tokens * shape.dim
+
+
+def compare(
+    operator: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    implementations: Implementations,
+    work: Work,
+    peaks: Peaks,
+    passes: Sequence[str] = ("forward", "forward+backward"),
+    **more: str,
+) -> list[Row]:
+    """Rows of every implementation, given as (function, inputs), in every pass."""
+    rows = []
+    for name in passes:
+        prepare = forward if name == "forward" else forward_backward
+        cases = {label: prepare(function, *inputs) for label, (function, inputs) in implementations.items()}
+        times = measure(cases)
+        for label, run in cases.items():
+            flops, numbers = (attention_work if label == ATTENTION else work)(shape, name)
+            bound = peaks.floor(flops, numbers * dtype.itemsize)
+            rows.append(_row(operator, shape, label, name, dtype, times[label], peak_memory_mib(run), bound) | more)
+    return rows
+
+
+def decode(
+    operator: str, step: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str, shape: Shape, peaks: Peaks
+) -> list[Row]:
+    """Generate token after token by `step(state) -> state`; time a step, and weigh what is kept for the next one.
+
+    Beside it attention over the keys and values of as many tokens, at each length in `DECODED`.
+    """
+    size = (shape.batch, shape.heads, shape.dim)
+    state = torch.zeros(*size, shape.dim, device=device)
+    query = torch.randn(size, device=device).to(dtype)[:, :, None]
+    cache = torch.randn(2, shape.batch, shape.heads, DECODED[-1], shape.dim, device=device).to(dtype)
+    rows = []
+    token = 0
+    with torch.no_grad():
+        for length in DECODED:
+            here = Shape(shape.batch, length, shape.heads, shape.dim)
+            steps = []
+            while token < length:
+                started = time.perf_counter()
+                state = step(state)
+                synchronize()
+                steps.append(time.perf_counter() - started)
+                token += 1
+            took, kept = statistics.median(steps), state.nbytes
+            rows.append(_row(operator, here, MAIN, "decode", dtype, took, kept / 2**20, peaks.floor(0, 2 * kept)))
+            keys, values = cache[:, :, :, :length]
+            case = {"attend": lambda keys=keys, values=values: scaled_dot_product_attention(query, keys, values)}
+            took, kept = measure(case)["attend"], keys.nbytes + values.nbytes
+            label = "SDPA over a cache of keys and values"
+            rows.append(_row(operator, here, label, "decode", dtype, took, kept / 2**20, peaks.floor(0, kept)))
+    return rows
+
+
+def _row(
+    operator: str,
+    shape: Shape,
+    implementation: str,
+    name: str,
+    dtype: torch.dtype,
+    took: float,
+    memory_mib: float | None,
+    bound: tuple[float, str],
+) -> Row:
+    sizes = (shape.batch, shape.length, shape.heads, shape.dim, shape.dim)
+    kind = str(dtype).removeprefix("torch.")
+    return dict(zip(KEYS, (operator, implementation, name, *sizes, kind, 1e3 * took, memory_mib, *bound), strict=True))
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -159,7 +304,7 @@ def machine(device: str) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {cores} cores ({_processor()})",
-        "threads": torch.get_num_threads(),
+        "threads": THREADS if device == "cpu" else torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "versions": versions,
     }
@@ -210,13 +355,13 @@ def panel(axes: Axes, rows: Sequence[Row], value: str, label: str) -> None:
     varying = [size for size in sizes if len({row[size] for row in rows}) > 1]
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     bars = len(varying) > 1
-    labels = list(dict.fromkeys(shape(row) for row in rows))
+    labels = list(dict.fromkeys(label_of(row) for row in rows))
     for index, name in enumerate(names):
         mine = [row for row in rows if row["implementation"] == name]
         style = {"color": f"C{index}", "label": name}
         if bars:
             width = 0.8 / len(names)
-            places = [labels.index(shape(row)) + (index - (len(names) - 1) / 2) * width for row in mine]
+            places = [labels.index(label_of(row)) + (index - (len(names) - 1) / 2) * width for row in mine]
             axes.bar(places, [row[value] for row in mine], width, **style)
         else:
             size = varying[0] if varying else "length"
@@ -236,7 +381,7 @@ def panel(axes: Axes, rows: Sequence[Row], value: str, label: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def shape(row: Row) -> str:
+def label_of(row: Row) -> str:
     return f"B{row['batch']} T{row['length']} H{row['heads']} D{row['key_dim']}"
 
 
@@ -258,14 +403,16 @@ def write(operator: str, device: str, rows: Sequence[Row]) -> Path:
 
 def table(rows: Sequence[Row]) -> str:
     """Milliseconds by shape, with each implementation's time as a multiple of ours."""
-    ours = {(study(row), shape(row), row["pass"]): row["milliseconds"] for row in rows if row["implementation"] == MAIN}
+    ours = {
+        (study(row), label_of(row), row["pass"]): row["milliseconds"] for row in rows if row["implementation"] == MAIN
+    }
     lines = []
     for row in rows:
-        ratio = row["milliseconds"] / ours.get((study(row), shape(row), row["pass"]), float("nan"))
+        ratio = row["milliseconds"] / ours.get((study(row), label_of(row), row["pass"]), float("nan"))
         above = row["milliseconds"] / row["floor_milliseconds"] if row["floor_milliseconds"] else float("nan")
         note = f"{above:5.1f} x floor" if row["implementation"] == MAIN else f"{ratio:5.1f} x {MAIN}"
         lines.append(
-            f"{study(row):24} {shape(row):22} {row['implementation']:44} {row['milliseconds']:10.3f} ms  {note}"
+            f"{study(row):24} {label_of(row):22} {row['implementation']:44} {row['milliseconds']:10.3f} ms  {note}"
         )
     return "\n".join(lines)
 
