@@ -79,7 +79,9 @@ def make_fabric(settings: TrainingSettings | None = None, **options: Any) -> Fab
         # A warm-up may train a part of the model only, which plain DDP takes for an error.
         options.setdefault("strategy", DDPStrategy(find_unused_parameters=True))
     fabric = Fabric(**options)
-    fabric.launch()
+    if os.environ.get("LT_CLI_USED") != "1":
+        # `fabric run` has started the processes already, and refuses a second launch.
+        fabric.launch()
     return fabric
 
 
