@@ -28,8 +28,11 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert torch.equal(value, right[name]), name
 
 
-def run_program(*arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, "-m", "shared.training.tests.problem", *arguments]
+PROGRAM = ("-m", "shared.training.tests.problem")
+
+
+def run_program(*arguments: str, program: tuple[str, ...] = PROGRAM, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *program, *arguments]
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True)
 
 
@@ -57,10 +60,14 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
         assert_equal(weights(tmp_path / name), weights(tmp_path / "whole"))
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PROGRAM)
+FABRIC_RUN = ("-m", "lightning_fabric.cli", "--accelerator=cpu", "--devices=2", "--strategy=ddp", problem.__file__)
+
+
+@pytest.mark.parametrize("program", [TORCHRUN, FABRIC_RUN], ids=["torchrun", "fabric run"])
+def test_two_processes_train_as_one(tmp_path: Path, program: tuple[str, ...]) -> None:
     assert run_program(str(tmp_path / "one"), "--no-dropout").returncode == 0
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    two = run_program(str(tmp_path / "two"), "--no-dropout", launcher=launcher)
+    two = run_program(str(tmp_path / "two"), "--no-dropout", program=program)
     assert two.returncode == 0, two.stderr.decode()
     left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in left.items():
