@@ -30,6 +30,8 @@ MODELS = {
     "linear_attention": ("linear attention", "tab:olive"),
     "retnet": ("RetNet", "tab:green"),
     "mamba": ("Mamba", "tab:purple"),
+    "hyena": ("Hyena", "darkgoldenrod"),
+    "hyena_multi_head": ("Hyena, multi-head", "goldenrod"),
     "gla": ("GLA", "tab:blue"),
     "gla_conv": ("GLA, convolution", "tab:cyan"),
     "deltanet": ("DeltaNet", "tab:red"),
@@ -57,6 +59,8 @@ IMPLEMENTATIONS = {
 PAPER_MAD = {
     "transformer": (51.6, 29.8, 94.1, 85.2, 86.8, 99.6),
     "mamba": (52.7, 6.7, 90.4, 89.5, 90.1, 86.3),
+    "hyena": (45.2, 7.9, 81.7, 89.5, 78.8, 93.1),
+    "hyena_multi_head": (44.8, 14.4, 99.0, 89.4, 98.6, 93.0),
     "gla": (38.8, 6.9, 80.8, 63.3, 81.6, 88.6),
     "deltanet": (42.2, 35.7, 100.0, 52.8, 100.0, 100.0),
 }
@@ -175,24 +179,33 @@ def recall(scores: pd.DataFrame) -> Figure:
 
 def speed(costs: pd.DataFrame) -> Figure:
     """Time of the operator and its speed-up over the recurrence by length, and tokens a second of whole models."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7), layout="constrained")
     dims = sorted({int(name.rpartition("_")[2]) for name in costs[costs.metric.eq("speedup")].model})
     for direction, style in (("forward", ":"), ("forward+backward", "-")):
         rows = costs[costs.dataset.eq(f"speed/head_dim_{dims[-1]}/{direction}")]
         labels = {name: (f"{text}, {direction}", color) for name, (text, color) in IMPLEMENTATIONS.items()}
         _curves(axes[0, 0], rows, "length", labels, ls=style)
-    axes[0, 0].set_ylabel(f"milliseconds, head dimension {dims[-1]}")
+    axes[0, 0].set_title(f"operator, head dimension {dims[-1]}", fontsize=10)
+    axes[0, 0].set_ylabel("time [ms]")
     shades = plt.cm.viridis(np.linspace(0, 0.8, len(dims)))
     labels = {f"head_dim_{dim}": (f"head dimension {dim}", shade) for dim, shade in zip(dims, shades, strict=True)}
     for axis, direction in ((axes[0, 1], "forward"), (axes[1, 0], "forward+backward")):
         _curves(axis, costs[costs.dataset.eq(f"speed/{direction}")], "length", labels)
-        axis.set_ylabel(f"speed-up over the recurrence [×], {direction}")
+        axis.set_title(f"operator, {direction}", fontsize=10)
+        axis.set_ylabel("speed-up over the recurrence [×]")
     _curves(axes[1, 1], costs[costs.dataset.eq("throughput")], "length", MODELS)
-    axes[1, 1].set_ylabel("training throughput [tokens/s]")
+    axes[1, 1].set_title("whole models, training step", fontsize=10)
+    axes[1, 1].set_ylabel("throughput [tokens/s]")
     for axis in axes.flat:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for which in (axis.xaxis, axis.yaxis):
+            which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        low, high = axis.get_ylim()
+        if high < 10 * low:
+            # Less than a power of ten: there may be no major tick at all.
+            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.tick_params(axis="y", which="minor", labelsize=7)
         axis.set_xlabel("length of the sequence T [tokens]")
         axis.legend(fontsize=7)
     return figure
