@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
-from kernels.delta_rule.reference import accumulation_dtype, step
+from kernels.common import (
+    accumulation_dtype,
+    check_cu_seqlens,
+    check_device,
+    check_shapes,
+    check_types_and_devices,
+)
+from kernels.delta_rule.reference import step
 
 __all__ = ["delta_rule", "delta_rule_step"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def delta_rule(
@@ -52,12 +54,8 @@ def delta_rule(
     Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (NeurIPS 2024), section
     2.2; the state is the transpose of the paper's.
     """
-    num_sequences = _check_cu_seqlens(q, cu_seqlens)
-    _check(q, k, v, beta, initial_state, "B, T, H", num_sequences)
-    if q.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(
-            f"delta_rule runs on CPU and CUDA tensors (given: {q.device}); move the inputs, or use delta_rule_step"
-        )
+    _check(q, k, v, beta, initial_state, "B, T, H", check_cu_seqlens(q, cu_seqlens))
+    check_device("delta_rule", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if initial_state is not None:
         initial_state = initial_state.to(accumulation_dtype(q.dtype))
@@ -85,52 +83,7 @@ def delta_rule_step(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None, layout: str, num_sequences: int
 ) -> None:
-    """`layout` names the axes before the last one of q, k and v."""
-    ndim = layout.count(",") + 2
-    if q.ndim != ndim or k.shape != q.shape or v.ndim != ndim or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"q and k must be [{layout}, K] and v [{layout}, V] (given: {_shapes(q=q, k=k, v=v)})")
-    if 0 in q.shape or 0 in v.shape:
-        raise ValueError(f"q, k and v must not be empty: skip the call (given: {_shapes(q=q, k=k, v=v)})")
+    check_shapes(q, k, v, state, layout, num_sequences)
     if beta.shape != q.shape[:-1]:
         raise ValueError(f"beta must be [{layout}] = {list(q.shape[:-1])} (given: {list(beta.shape)})")
-    expected = (num_sequences, *q.shape[-2:], v.shape[-1])
-    if state is not None and state.shape != expected:
-        raise ValueError(f"the state must be [sequences, H, K, V] = {list(expected)} (given: {list(state.shape)})")
-
-    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(
-            "q, k and v must share one of the types float16, bfloat16, float32 and float64 "
-            f"(given: q {q.dtype}, k {k.dtype}, v {v.dtype}); convert with .to()"
-        )
-    others = {"beta": beta} if state is None else {"beta": beta, "the state": state}
-    for name, x in others.items():
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64 (given: {x.dtype})")
-    for name, x in {"k": k, "v": v, **others}.items():
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} and q on {q.device}: move them to one device")
-
-
-def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences."""
-    if cu_seqlens is None:
-        return q.shape[0] if q.ndim else 0
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64 (given: {cu_seqlens.dtype})")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or q.ndim != 4 or q.shape[0] != 1:
-        raise ValueError(
-            "cu_seqlens must be [num_sequences + 1], for sequences laid end to end in a batch of 1 "
-            f"(given: cu_seqlens {list(cu_seqlens.shape)}, q {list(q.shape)})"
-        )
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}: move them to one device")
-    # Values are not known while torch.compile traces.
-    if not torch.compiler.is_compiling() and cu_seqlens.device.type != "meta":
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a >= b for a, b in pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[1]} (given: {bounds})")
-    return len(cu_seqlens) - 1
-
-
-def _shapes(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+    check_types_and_devices(q, k, v, {"beta": beta, "the state": state})

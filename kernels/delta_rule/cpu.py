@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels.delta_rule.reference import accumulation_dtype
+from kernels.common import accumulation_dtype
 
 # The elements of one intermediate tensor of a segment. Larger ones leave the cache, and the C library returns their
 # memory to the system after every use.

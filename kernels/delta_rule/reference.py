@@ -11,10 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of the state and of all sums: float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from kernels.common import accumulation_dtype
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.common import accumulation_dtype
+
 _LARGEST_CHUNK = 64
 
 # Elements of one intermediate tensor of a segment: large enough to hide the cost of a call, small enough for the cache.
@@ -94,7 +96,7 @@ class _Layout:
     def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> None:
         self.batch, self.length, self.heads, key_dim = q.shape
         self.chunk_size = chunk_size
-        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dtype = accumulation_dtype(q.dtype)
         self.segment_chunks, self.segment_batch = _segment(self.batch, self.heads, key_dim, v.shape[-1], chunk_size)
         if cu_seqlens is None:
             self.chunks = -(-self.length // chunk_size)
@@ -468,13 +470,13 @@ def _gla(
 
 def _empty_checkpoints(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, keep: bool) -> Tensor:
     count = _num_checkpoints(q, v, cu_seqlens, chunk_size) if keep else 0
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(q.dtype)
     return q.new_empty((count, q.shape[0], q.shape[2], q.shape[3], v.shape[-1]), dtype=dtype)
 
 
 @_gla.register_fake
 def _(q, k, v, g, scale, initial_state, cu_seqlens, chunk_size, keep):  # noqa: ANN001, ANN202
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(q.dtype)
     final = q.new_empty(_state_shape(q, v, cu_seqlens), dtype=dtype)
     return v.new_empty(v.shape), final, _empty_checkpoints(q, v, cu_seqlens, chunk_size, keep)
 

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.common import accumulation_dtype
+
 from . import gpu_kernels as kernels
 
 # A chunk's own pairs cost C multiplications each, which without tensor cores (fp32 proper, fp64) wants a smaller C.
@@ -48,7 +50,7 @@ def gla_gpu(
         chunk_size = 16 if length <= 16 else 32 if length <= 32 else _CHUNK_SIZES[q.dtype]
     if g is not None and g.ndim == 1:
         # A constant decay costs what a scalar gate costs; autograd sums its gradient, in fp32 at least.
-        g = g.to(_sum_dtype(q)).expand(q.shape[0], q.shape[1], q.shape[2])
+        g = g.to(accumulation_dtype(q.dtype)).expand(q.shape[0], q.shape[1], q.shape[2])
     o, final_state, _ = gla_forward(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, chunk_size)
     return o, final_state if output_final_state else None
 
@@ -70,7 +72,7 @@ def gla_forward(
     plan = _Plan.of(q, v, g, cu_seqlens, chunk_size)
     o, final_state, scores = _empty_results(q, v, g, initial_state, cu_seqlens, output_final_state, chunk_size)
     with _device(q):
-        prefix, suffix = _gate_sums(plan, g, _sum_dtype(q))
+        prefix, suffix = _gate_sums(plan, g, accumulation_dtype(q.dtype))
         states = _states(plan, k, v, prefix, suffix, initial_state, final_state, dtype=v.dtype)
         if plan.gate == "vector":
             grid = (plan.num_chunks * (plan.chunk_size // kernels.SUB), plan.heads)
@@ -118,7 +120,7 @@ def gla_backward(
         q, k, v, g, initial_state, do, final_state_gradient
     )
     plan = _Plan.of(q, v, g, cu_seqlens, chunk_size)
-    accumulate = _sum_dtype(q)
+    accumulate = accumulation_dtype(q.dtype)
     # dA, and dq and dk from inside the chunks: for vector gates only.
     dscores = intra_dq = intra_dk = None
     with _device(q):
@@ -362,7 +364,7 @@ def _empty_results(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, key_dim = q.shape
-    dtype = _sum_dtype(q)
+    dtype = accumulation_dtype(q.dtype)
     num_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (num_sequences, heads, key_dim, v.shape[-1]) if output_final_state else (0,)
     scores_shape = (batch, length, heads, chunk_size) if g is not None and g.ndim == 4 else (0,)
@@ -379,10 +381,6 @@ def _empty_gradients(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dg, initial_state_gradient = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (g, initial_state))
     return dq, dk, dv, dg, initial_state_gradient
-
-
-def _sum_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels.common import accumulation_dtype
+
 
 def gla_reference(
     q: Tensor,
@@ -37,7 +39,7 @@ def gla_reference(
 
     batch, length, heads, key_dim = q.shape
     scale = key_dim**-0.5 if scale is None else scale
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(q.dtype)
     state = torch.zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype, device=q.device)
     if initial_state is not None:
         state = initial_state.to(dtype)

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.delta_rule.tests.interpreted import TOLERANCE, assert_close, inputs, relative_errors
+from kernels.tests.without_gpu import run_in_its_own_process
 
 HERE = Path(__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize(("file", "interpret"), [("interpreted.py", "1"), ("compiled.py", "0")])
-def test_checks_that_need_their_own_process(file: str, interpret: str, tmp_path: Path) -> None:
-    """Triton decides once a process whether it interprets, which another test may have brought about already."""
-    pytest.importorskip("triton", reason="no Triton on this platform")
-    # Without a GPU in sight the checks are the same on every machine.
-    environment = os.environ | {
-        "TRITON_INTERPRET": interpret,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["--show-capture=no"]
-    run = subprocess.run(
-        command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+@pytest.mark.parametrize(("file", "interpret"), [("interpreted.py", True), ("compiled.py", False)])
+def test_checks_that_need_their_own_process(file: str, interpret: bool, tmp_path: Path) -> None:
+    run_in_its_own_process(HERE / file, interpret=interpret, cache=tmp_path)
 
 
 @pytest.mark.gpu
