@@ -136,7 +136,7 @@ def by_position(scores: pd.DataFrame, context: int) -> Figure:
     axis.set_xlabel("position [tokens], end of a range that begins at half of it")
     axis.set_ylabel("test loss [bits per character]")
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -158,7 +158,7 @@ def speed(costs: pd.DataFrame) -> Figure:
     panels = {
         "operator/forward": "operator, forward",
         "operator/forward+backward": "operator, forward and backward",
-        "training_step": "training step of the models, as many tokens at every length",
+        "training_step": "training step of models, equal tokens a step",
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(14, 4), layout="constrained")
     times = costs[costs.metric.eq("milliseconds")]
@@ -196,7 +196,10 @@ def _rows(axis: Axes, arms: Sequence[str]) -> None:
 
 
 def _plain(axis: Axes, which: str) -> None:
-    """Numbers as they are said, instead of powers."""
+    """Numbers as they are said, instead of powers; those between powers of ten only where there are few of these."""
     chosen: Any = getattr(axis, f"{which}axis")
-    chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    chosen.set_minor_formatter(NullFormatter())
+    numbers = FuncFormatter(lambda value, _: f"{value:g}")
+    low, high = chosen.get_view_interval()
+    chosen.set_major_formatter(numbers)
+    chosen.set_minor_formatter(numbers if which == "y" and high < 10 * low else NullFormatter())
+    axis.tick_params(axis=which, which="minor", labelsize=7)
