@@ -50,7 +50,7 @@ KEYS = (
     "floor_milliseconds",  # what the arithmetic or the traffic alone would take on this machine
     "floor",  # which of the two: "compute" or "bandwidth"
 )
-OPERATORS = ("linear_attention", "delta_rule")
+OPERATORS = ("linear_attention", "delta_rule", "selective_scan", "short_convolution", "normalization")
 SHORTEST_SECONDS = 2e-3  # a measurement is repeated inside until it takes this long: clocks are coarse
 MAIN = "reprise"
 RECURRENCE = "step recurrence"
