@@ -327,12 +327,15 @@ def draw(rows: Sequence[Row], about: Mapping[str, Any]) -> Figure:
     figure, axes = pyplot.subplots(
         2, len(studies), figsize=(4.8 * len(studies), 7), squeeze=False, layout="constrained"
     )
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["implementation"] for row in rows))}
     for column, name in enumerate(studies):
         chosen = [row for row in rows if study(row) == name]
-        panel(axes[0, column], chosen, "milliseconds", "time [ms]")
-        panel(axes[1, column], chosen, "memory_mib", "peak memory beyond the inputs [MiB]")
+        memory = "kept from token to token [MiB]" if name == "decode" else "peak memory beyond the inputs [MiB]"
+        panel(axes[0, column], chosen, "milliseconds", "time [ms]", colors)
+        panel(axes[1, column], chosen, "memory_mib", memory, colors)
         axes[0, column].set_title(name)
-    axes[0, 0].legend(fontsize=8)
+    drawn = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8)
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     figure.suptitle(
         f"{rows[0]['operator']}: {about['device']}, {about['threads']} threads, load {about['load']}\n{versions}",
@@ -345,7 +348,7 @@ def study(row: Row) -> str:
     return str(row.get("study", row["pass"]))
 
 
-def panel(axes: Axes, rows: Sequence[Row], value: str, label: str) -> None:
+def panel(axes: Axes, rows: Sequence[Row], value: str, label: str, colors: Mapping[str, str]) -> None:
     """Values over what varies among the rows: lines where it is one size, bars where whole shapes differ."""
     rows = [row for row in rows if row[value] is not None]
     if not rows:
@@ -358,7 +361,7 @@ def panel(axes: Axes, rows: Sequence[Row], value: str, label: str) -> None:
     labels = list(dict.fromkeys(label_of(row) for row in rows))
     for index, name in enumerate(names):
         mine = [row for row in rows if row["implementation"] == name]
-        style = {"color": f"C{index}", "label": name}
+        style = {"color": colors[name], "label": name}
         if bars:
             width = 0.8 / len(names)
             places = [labels.index(label_of(row)) + (index - (len(names) - 1) / 2) * width for row in mine]
@@ -374,7 +377,10 @@ def panel(axes: Axes, rows: Sequence[Row], value: str, label: str) -> None:
     if bars:
         axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=7)
     else:
+        ticks = sorted({row[size] for row in rows})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.tick_params(axis="x", labelsize=7)
         axes.set_xlabel({"length": "sequence length T", "key_dim": "head dimension"}.get(size, size))
     axes.set_yscale("log")
     axes.set_ylabel(label)
