@@ -34,12 +34,6 @@ def token_loss(logits: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> T
     return losses.sum() / (labels != ignore_index).sum().clamp(min=1)
 
 
-def next_token_objective(model: Model, batch: tuple[Tensor, ...], moment: object) -> dict[str, Tensor]:
-    """Loss for `shared.training.fit` on windows [batch, length + 1]: every token predicts the next one."""
-    (windows,) = batch
-    return {"loss": token_loss(model(windows[:, :-1]), windows[:, 1:])}
-
-
 def labeled_objective(model: Model, batch: tuple[Tensor, ...], moment: object) -> dict[str, Tensor]:
     """Loss for `shared.training.fit` on (inputs, labels), [batch, length] each, `IGNORED` where nothing is asked."""
     inputs, labels = batch
@@ -88,11 +82,6 @@ def loss_by_position(model: Model, windows: TokenArray, batch_size: int = 32) ->
 def bits(nats: float) -> float:
     """Nats to bits: bits a token, which are bits a character where tokens are characters. Arrays go too."""
     return nats / math.log(2)
-
-
-def perplexity(nats: float) -> float:
-    """Perplexity of a mean loss in nats, its exponential. Arrays go too."""
-    return np.exp(nats)
 
 
 def _losses(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -1,18 +1,16 @@
-"""Inputs for the tests, and runs whose results and gradients are held against the recurrence in float64."""
+"""Inputs for the tests, and the recurrence in float64 that results and gradients are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.tests.comparing import hold_against
+
 from ..reference import delta_rule_reference
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-
-Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def inputs(
@@ -47,43 +45,4 @@ def inputs(
     return {name: value.to(dtype) for name, value in values.items()}
 
 
-def values_and_gradients(
-    run: Run, values: dict[str, Tensor], *, rounded: torch.dtype = torch.float64, **options: object
-) -> dict[str, Tensor]:
-    """o, the final state and the gradient of every input, for fixed random gradients of both.
-
-    These are `rounded`, so that two precisions can be compared on numbers that both of them hold.
-    """
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
-    o, state = run(**leaves, output_final_state=True, **options)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(rounded)).sum()
-        for x in (o, state)
-    )
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"o": o.detach(), "state": state.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def relative_error(x: Tensor, expected: Tensor) -> float:
-    return float((x.double() - expected).norm() / expected.norm())
-
-
-def hold(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor is there and within the tolerance."""
-    assert got.keys() == expected.keys()
-    errors = {name: relative_error(x, expected[name]) for name, x in got.items()}
-    assert all(error <= tolerance for error in errors.values()), errors
-
-
-def hold_against_reference(run: Run, values: dict[str, Tensor], **options: object) -> None:
-    """Values and gradients are those of the recurrence in float64 from the same numbers, each in its due type."""
-    dtype = values["q"].dtype
-    expected = values_and_gradients(
-        delta_rule_reference, {name: x.double() for name, x in values.items()}, rounded=dtype, **options
-    )
-    got = values_and_gradients(run, values, rounded=dtype, **options)
-    assert got["o"].dtype == dtype
-    assert got["state"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert all(got[name].dtype == x.dtype for name, x in values.items())
-    hold(got, expected, TOLERANCE[dtype])
+hold_against_reference = partial(hold_against, delta_rule_reference)

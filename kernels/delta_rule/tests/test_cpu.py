@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.tests.comparing import Run, hold, relative_error, values_and_gradients
+
 from .. import cpu, delta_rule
 from ..cpu import delta_rule_cpu
 from ..reference import delta_rule_reference
-from .common import Run, hold, hold_against_reference, inputs, relative_error, values_and_gradients
+from .common import hold_against_reference, inputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.tests.comparing import TOLERANCE, Run, hold, relative_error, values_and_gradients
+
 from .. import delta_rule, delta_rule_step
 from ..reference import delta_rule_reference
-from .common import TOLERANCE, Run, hold, inputs, relative_error, values_and_gradients
+from .common import inputs
 
 
 def compiled(dynamic: bool) -> Run:

@@ -1,19 +1,18 @@
-"""Inputs for the tests, and runs whose results and gradients are held against the recurrence in float64."""
+"""Inputs for the tests, and the recurrence in float64 that results and gradients are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.tests.comparing import hold_against
+
 from ..reference import gla_reference
 
 FORMS = ("none", "constant", "scalar", "vector")
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-
-Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def inputs(
@@ -45,44 +44,4 @@ def inputs(
     return {name: value.to(dtype) for name, value in values.items()}
 
 
-def values_and_gradients(
-    run: Run, values: dict[str, Tensor], *, rounded: torch.dtype = torch.float64, **options: object
-) -> dict[str, Tensor]:
-    """o, the final state and the gradient of every input, for fixed random gradients of both.
-
-    These are `rounded`, so that two precisions can be compared on numbers that both of them hold.
-    """
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
-    o, state = run(**leaves, output_final_state=True, **options)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(rounded)).sum()
-        for x in (o, state)
-    )
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    for name, gradient in zip(leaves, gradients, strict=True):
-        assert gradient.shape == leaves[name].shape
-        assert gradient.dtype == leaves[name].dtype
-    return {"o": o.detach(), "final_state": state.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    """‖result − reference‖ / ‖reference‖, and the plain norm where the reference is zero."""
-    error = torch.linalg.vector_norm(result.detach().double() - reference.detach().double())
-    norm = torch.linalg.vector_norm(reference.detach().double())
-    return float(error / norm if norm > 0 else error)
-
-
-def hold(results: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor is within `tolerance` of the reference by its relative error."""
-    assert results.keys() == reference.keys()
-    errors = {name: relative_error(results[name], reference[name]) for name in results}
-    worst = {name: error for name, error in errors.items() if not error <= tolerance}
-    assert not worst, f"relative errors above {tolerance}: {worst}"
-
-
-def hold_against_reference(run: Run, values: dict[str, Tensor], **options: Tensor) -> None:
-    dtype = values["q"].dtype
-    exact = {name: value.double() for name, value in values.items()}
-    reference = values_and_gradients(gla_reference, exact, rounded=dtype, **options)
-    hold(values_and_gradients(run, values, rounded=dtype, **options), reference, TOLERANCE[dtype])
+hold_against_reference = partial(hold_against, gla_reference)

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.tests.comparing import Run, hold, relative_error, values_and_gradients
+
 from .. import cpu, gla
 from ..cpu import gla_cpu
 from ..reference import gla_reference
-from .common import FORMS, Run, hold, hold_against_reference, inputs, relative_error, values_and_gradients
+from .common import FORMS, hold_against_reference, inputs
 
 
 def in_chunks_of(chunk_size: int) -> Run:

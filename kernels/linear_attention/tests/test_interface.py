@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.tests.comparing import TOLERANCE, Run, hold, relative_error, values_and_gradients
+
 from .. import gla, gla_step
 from ..reference import gla_reference
-from .common import FORMS, TOLERANCE, Run, hold, inputs, relative_error, values_and_gradients
+from .common import FORMS, inputs
 
 
 def with_vector_gate(q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, **options: bool):  # noqa: ANN201
