@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def test_every_operator_has_a_benchmark(operator: str, monkeypatch: pytest.Monke
     assert len({row["implementation"] for row in compared}) >= 2
     assert all(row["milliseconds"] > 0 < row["floor_milliseconds"] for row in rows)
     assert MAIN in bench.table(rows)
+
+
+def test_cases_take_turns() -> None:
+    calls: list[str] = []
+    cases = {name: lambda name=name: (calls.append(name), time.sleep(0.02)) for name in ("a", "b")}
+    taken = list(bench.rounds(cases, 3))
+    assert [set(of_round) for of_round in taken] == [{"a", "b"}] * 3
+    assert calls == [*"aabb", *"ab", *"ba", *"ab"]
+    assert all(of_round["a"] >= 0.02 for of_round in taken)
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_traffic() -> None:

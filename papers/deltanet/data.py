@@ -123,7 +123,7 @@ def prepare(stage: Stage[Params]) -> None:
     for name, experiment in stage.params.experiments.items():
         settings = experiment.data
         if isinstance(settings, TextData):
-            arrays, about = text_data(settings)
+            arrays, about = text_data(settings, stage.slug)
         else:
             arrays, about = task_data(name, settings, stage.params.seed)
         digest = hashlib.sha256()
@@ -135,9 +135,9 @@ def prepare(stage: Stage[Params]) -> None:
         print(f"{name}: {', '.join(f'{split} {list(array.shape)}' for split, array in arrays.items())}", flush=True)
 
 
-def text_data(settings: TextData) -> tuple[dict[Split, NDArray], dict[str, Any]]:
+def text_data(settings: TextData, slug: str) -> tuple[dict[Split, NDArray], dict[str, Any]]:
     """Windows of each split of a text, and what is to be known of them."""
-    text = read_text(settings)[: settings.max_characters]
+    text = read_text(settings, slug)[: settings.max_characters]
     parts = split_text(text)
     if settings.vocab_size is None:
         tokenizer = CharacterTokenizer.train(text)
@@ -153,11 +153,11 @@ def text_data(settings: TextData) -> tuple[dict[Split, NDArray], dict[str, Any]]
     }
 
 
-def read_text(settings: TextData) -> str:
-    """The whole text of a corpus, or of the documents in the data folder."""
+def read_text(settings: TextData, slug: str) -> str:
+    """The whole text of a corpus (fetched for the paper `slug`, or any), or of the documents in the data folder."""
     if settings.data_folder is None:
         name, _, part = settings.corpus.partition("/")
-        return python_text() if name == PYTHON_TEXT else corpus(name, part or None)
+        return python_text() if name == PYTHON_TEXT else corpus(name, part or None, folder=slug)
     folder = data_root() / settings.data_folder
     paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
     if not paths:

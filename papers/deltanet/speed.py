@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.bench import forward_backward, seconds
+from kernels.bench import forward, forward_backward, rounds
 from kernels.delta_rule import delta_rule, delta_rule_step
 from shared.config import Strict
 from shared.evaluation.language import token_loss
@@ -84,25 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2) + 0 * beta[..., None]
 
 
-# How long a measurement takes at least.
-SHORTEST_SECONDS = 0.01
-
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"recurrent": recurrent, "chunk": chunk, "attention": attention}
-
-
-def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int) -> Iterator[dict[str, float]]:
-    """Seconds of each case, a round at a time; whatever else the machine does meets all of them alike.
-
-    The first calls (compilation, caches) are not counted, and short ones are repeated until a clock can tell them.
-    """
-    times = {}
-    for name, run in cases.items():
-        first = seconds(run)
-        # The first call may have compiled; one that is long all the same need not be asked again.
-        again = seconds(run) if first < 100 * SHORTEST_SECONDS else first
-        times[name] = max(1, round(SHORTEST_SECONDS / max(again, 1e-7)))
-    for turn in range(rounds):
-        yield {name: seconds(cases[name], times[name]) for name in list(cases)[:: 1 if turn % 2 == 0 else -1]}
 
 
 def operator_times(settings: OperatorSpeed, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -115,13 +97,13 @@ def operator_times(settings: OperatorSpeed, device: torch.device) -> Iterator[di
         for length in settings.lengths:
             inputs = _inputs(length, settings.hidden_size // dim, dim, device, dtype)
             cases: dict[str, dict[str, Callable[[], object]]] = {
-                "forward": {name: _without_gradients(function, inputs) for name, function in IMPLEMENTATIONS.items()},
+                "forward": {name: forward(function, *inputs) for name, function in IMPLEMENTATIONS.items()},
                 "forward+backward": {
                     name: forward_backward(function, *inputs) for name, function in IMPLEMENTATIONS.items()
                 },
             }
             for direction, of_direction in cases.items():
-                for seed, taken in enumerate(in_turns(of_direction, settings.rounds)):
+                for seed, taken in enumerate(rounds(of_direction, settings.rounds)):
                     common = {"seed": seed, "length": length}
                     for name, duration in taken.items():
                         where = {"model": name, "dataset": f"speed/head_dim_{dim}/{direction}"}
@@ -138,14 +120,6 @@ def _inputs(length: int, heads: int, dim: int, device: torch.device, dtype: torc
     return tuple(tensor.to(device, dtype) for tensor in (q, k, v, beta))
 
 
-def _without_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return function(*inputs)
-
-    return run
-
-
 def throughput(settings: ModelSpeed, device: torch.device) -> Iterator[dict[str, Any]]:
     """Rows of costs: tokens a second of a training step without the optimizer (in bf16 on a GPU), models in turns."""
     models = {
@@ -156,7 +130,7 @@ def throughput(settings: ModelSpeed, device: torch.device) -> Iterator[dict[str,
         shape = (settings.tokens // length, length)
         tokens = torch.randint(settings.vocab_size, shape, generator=generator).to(device)
         cases = {name: _training_step(model, tokens) for name, model in models.items()}
-        for seed, taken in enumerate(in_turns(cases, settings.rounds)):
+        for seed, taken in enumerate(rounds(cases, settings.rounds)):
             for name, duration in taken.items():
                 row = {"model": name, "dataset": "throughput", "metric": "tokens_per_second", "seed": seed}
                 yield row | {"length": length, "value": settings.tokens / duration}

@@ -19,7 +19,6 @@ as many tokens of it as the params ask for, every document followed by the token
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -123,13 +122,8 @@ def read_text(settings: TextSettings) -> str:
     """The whole text of a source that is not streamed."""
     if settings.source == "python":
         return python_text()
-    path = data_root() / settings.data_folder / f"{settings.source}.txt"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    packed = path.with_name(f"{path.name}.gz")
-    if packed.is_file():
-        return gzip.decompress(packed.read_bytes()).decode("utf-8")
-    return corpus(settings.source, None if settings.source == "tinyshakespeare" else "train")
+    split = None if settings.source == "tinyshakespeare" else "train"
+    return corpus(settings.source, split, folder=settings.data_folder)
 
 
 def split_text(text: str) -> dict[Split, str]:

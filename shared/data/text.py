@@ -62,8 +62,11 @@ class Corpus:
     joint: str = "\n\n"
 
 
-def corpus(name: str, split: str | None = None) -> str:
+def corpus(name: str, split: str | None = None, *, folder: str | None = None) -> str:
     """A corpus as one text, or one split of it; names and splits are those of `CORPORA`.
+
+    A corpus of one file is looked for in `$REPRISE_DATA/<folder>/<name>.txt` first where a `folder` is given: there
+    `reprise data fetch <folder>` puts it for a paper that lists it.
 
     - `tinyshakespeare` (1.1 M characters): the first 90 % are `train`, the next 5 % `validation`, the rest `test`.
     - `wikitext2` (2.4 M characters): the official `validation` and `test`. The official training text is not part of
@@ -79,22 +82,24 @@ def corpus(name: str, split: str | None = None) -> str:
     chosen = CORPORA[name]
     if split is not None and split not in chosen.splits:
         raise UserError(f"{name} has no split {split!r}; choose one of {', '.join(chosen.splits)}, or none for all")
-    parts = chosen.divide([_read(chosen, file, digest) for file, digest in chosen.files.items()])
+    fetched = data_root() / folder / f"{name}.txt" if folder and len(chosen.files) == 1 else None
+    parts = chosen.divide([_read(chosen, file, digest, fetched) for file, digest in chosen.files.items()])
     return chosen.joint.join(parts) if split is None else parts[chosen.splits.index(split)]
 
 
-def _read(source: Corpus, file: str, digest: str | None) -> str:
+def _read(source: Corpus, file: str, digest: str | None, fetched: Path | None) -> str:
     path = data_root() / "_corpora" / source.folder / file
-    packed = path.with_name(path.name + ".gz")
-    found = packed if packed.is_file() else path
-    try:
-        content = gzip.decompress(found.read_bytes()) if found == packed else found.read_bytes()
-    except FileNotFoundError:
+    places = [place for place in (fetched, path) if place]
+    found = next((p for place in places for p in (_packed(place), place) if p.is_file()), None)
+    if found is None:
         checksum = f" (sha256 {digest})" if digest else ""
+        command = f"run 'reprise data fetch {fetched.parent.name}', or " if fetched else ""
         raise UserError(
-            f"{path} is missing: put the file there, plain{checksum} or gzipped as {packed.name}, or point "
-            f"REPRISE_DATA to the folder that holds your data sets. It comes from {source.origin}"
-        ) from None
+            f"{path} is missing: {command}put the file there, plain{checksum} or gzipped as {_packed(path).name}, or "
+            f"point REPRISE_DATA to the folder that holds your data sets. It comes from {source.origin}"
+        )
+    try:
+        content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{found} cannot be read ({error}): fetch it again from {source.origin}") from None
     actual = hashlib.sha256(content).hexdigest()
@@ -107,6 +112,10 @@ def _read(source: Corpus, file: str, digest: str | None) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{found} is not UTF-8 text ({error}): fetch it again from {source.origin}") from None
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(path.name + ".gz")
 
 
 def _shakespeare(contents: list[str]) -> list[str]:
@@ -177,63 +186,6 @@ CORPORA: dict[str, Corpus] = {
         divide=_source_files,
     ),
 }
-
-# ------------------------------------------------------------------------------------------------------ generated text
-
-
-def markov_text(
-    length: int,
-    *,
-    num_symbols: int = 27,
-    num_topics: int = 4,
-    switch_probability: float = 0.01,
-    concentration: float = 0.1,
-    num_streams: int = 1,
-    table_seed: int = 0,
-    seed: int,
-) -> tuple[Tokens, Tokens]:
-    """An order-2 Markov source that changes its topic: symbols and topics, int64 [num_streams, length] each.
-
-    Each topic has a table p(symbol | the two symbols before), every row of it drawn from a symmetric Dirichlet
-    distribution; a small `concentration` makes sequences predictable. Before every symbol the topic changes with
-    `switch_probability` to another one, uniformly, so that what told the old topic has to be forgotten.
-    The tables follow from `table_seed`, so that training and test texts share them; the streams follow from `seed`.
-    Streams are independent and are generated side by side: many short ones cost less than one long one.
-    """
-    if min(length, num_symbols, num_topics, num_streams) < 1:
-        raise UserError(
-            f"length ({length}), num_symbols ({num_symbols}), num_topics ({num_topics}) and num_streams "
-            f"({num_streams}) must be at least 1"
-        )
-    if not 0 <= switch_probability <= 1 or not 0 < concentration < np.inf:
-        raise UserError(
-            f"switch_probability ({switch_probability}) must lie in [0, 1], and concentration ({concentration}) must "
-            "be positive"
-        )
-    tables = np.random.default_rng(table_seed).dirichlet(
-        np.full(num_symbols, concentration), size=(num_topics, num_symbols, num_symbols)
-    )
-    # Without the last column, which rounding might leave below 1: a symbol is the number of bounds at or below a
-    # uniform variate.
-    bounds = tables.cumsum(axis=3)[..., :-1]
-
-    rng = np.random.default_rng(seed)
-    first_topics = rng.integers(num_topics, size=(1, num_streams))
-    steps = np.zeros((length, num_streams), dtype=np.int64)
-    if num_topics > 1:
-        switches = rng.random(steps.shape) < switch_probability
-        steps = np.where(switches, rng.integers(1, num_topics, size=steps.shape), 0)
-    topics = (first_topics + steps.cumsum(axis=0)) % num_topics
-
-    symbols = np.empty_like(topics)
-    before, last = rng.integers(num_symbols, size=(2, num_streams))
-    variates = rng.random((length, num_streams, 1))
-    for step in range(length):
-        symbol = (bounds[topics[step], before, last] <= variates[step]).sum(axis=1)
-        symbols[step] = symbol
-        before, last = last, symbol
-    return np.ascontiguousarray(symbols.T), np.ascontiguousarray(topics.T)
-
 
 # -------------------------------------------------------------------------------------------------------------- tokens
 

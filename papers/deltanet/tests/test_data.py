@@ -33,7 +33,7 @@ def novel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextData:
 
 
 def test_documents_are_read_in_the_order_of_their_files(novel: TextData) -> None:
-    assert read_text(novel) == "\n\n".join(["abc" * 33, "é" * 97, "defg" * 50])
+    assert read_text(novel, "mine") == "\n\n".join(["abc" * 33, "é" * 97, "defg" * 50])
 
 
 def test_a_text_is_divided_in_its_order() -> None:
@@ -44,13 +44,13 @@ def test_a_text_is_divided_in_its_order() -> None:
 
 
 def test_windows_of_text(novel: TextData) -> None:
-    arrays, about = text_data(novel)
+    arrays, about = text_data(novel, "mine")
     assert about["source"] == "a novel"
     assert about["vocab_size"] == len(set("abcdefg\né"))
     assert about["characters_per_token"] == 1
     characters = sorted(set("abcdefg\né"))
     test = "".join(characters[token] for token in arrays["test"][:, :-1].flatten())
-    assert read_text(novel)[-20:].startswith(test)
+    assert read_text(novel, "mine")[-20:].startswith(test)
     # Each window's last token is the next one's first: every token is predicted once.
     assert (arrays["train"][:-1, -1] == arrays["train"][1:, 0]).all()
     assert arrays["train"].shape == (89, 5)
@@ -58,7 +58,7 @@ def test_windows_of_text(novel: TextData) -> None:
 
 
 def test_byte_pairs_are_learnt_from_the_training_text(novel: TextData) -> None:
-    arrays, about = text_data(novel.model_copy(update={"vocab_size": 261, "length": 2, "long_length": 4}))
+    arrays, about = text_data(novel.model_copy(update={"vocab_size": 261, "length": 2, "long_length": 4}), "mine")
     assert about["vocab_size"] == 261
     # The test text is defg five times over, whose pairs are among the five most frequent.
     num_tokens = 20 / about["characters_per_token"]
@@ -68,12 +68,12 @@ def test_byte_pairs_are_learnt_from_the_training_text(novel: TextData) -> None:
 
 def test_text_that_is_missing_or_too_short(novel: TextData, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing holds no .*jsonl\.gz: put a novel there"):
-        read_text(novel.model_copy(update={"data_folder": "nothing"}))
+        read_text(novel.model_copy(update={"data_folder": "nothing"}), "mine")
     with pytest.raises(UserError, match="tokens do not fill a window of 32"):
-        text_data(novel.model_copy(update={"length": 32, "long_length": 64}))
+        text_data(novel.model_copy(update={"length": 32, "long_length": 64}), "mine")
     (tmp_path / "root" / "novel" / "a.jsonl").write_text('{"content": "abc"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl is not JSON lines with a field 'text'"):
-        read_text(novel)
+        read_text(novel, "mine")
 
 
 def test_the_splits_of_a_task_are_its_examples_in_order() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import pandas as pd
 import pytest
 import torch
 
 from .. import speed
 from ..model import ModelSettings
-from ..speed import ModelSpeed, OperatorSpeed, chunk, in_turns, operator_times, recurrent, throughput
+from ..speed import ModelSpeed, OperatorSpeed, chunk, operator_times, recurrent, throughput
 
 CPU = torch.device("cpu")
 
@@ -37,7 +35,7 @@ def test_attention_gives_every_input_a_gradient() -> None:
 
 def test_rows_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"recurrent": 0.6, "chunk": 0.2, "attention": 0.1}
-    monkeypatch.setattr(speed, "in_turns", lambda cases, rounds: [seconds] * rounds)
+    monkeypatch.setattr(speed, "rounds", lambda cases, repeats: [seconds] * repeats)
     settings = OperatorSpeed(lengths=(8, 16, 32), head_dims=(4, 8), hidden_size=8)
     table = pd.DataFrame(operator_times(settings, CPU))
     assert len(table) == 2 * 3 * 2 * 3 * (3 + 1)
@@ -49,15 +47,6 @@ def test_rows_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(speedups.model) == {"head_dim_4", "head_dim_8"}
     assert set(speedups.dataset) == {"speed/forward", "speed/forward+backward"}
     assert speedups.value.to_list() == pytest.approx([3.0] * len(speedups))
-
-
-def test_cases_take_turns() -> None:
-    calls = []
-    cases = {name: lambda name=name: (calls.append(name), time.sleep(0.02)) for name in ("a", "b")}
-    rounds = list(in_turns(cases, 3))
-    assert [set(taken) for taken in rounds] == [{"a", "b"}] * 3
-    assert calls == [*"aabb", *"ab", *"ba", *"ab"]
-    assert all(taken["a"] >= 0.02 for taken in rounds)
 
 
 def test_rows_of_the_models() -> None:

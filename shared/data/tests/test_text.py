@@ -15,7 +15,7 @@ import pytest
 
 from shared.config import UserError, data_root
 from shared.data import text
-from shared.data.text import BytePairTokenizer, CharacterTokenizer, corpus, markov_text, python_text, windows
+from shared.data.text import BytePairTokenizer, CharacterTokenizer, corpus, python_text, windows
 
 SAMPLE = "To be, or not to be:  that is\n\n\tthe question – naïve 日本 😀\r\nto be to be to be  \n " * 5
 
@@ -74,6 +74,19 @@ def test_shakespeare_is_split_by_characters(write: Callable, monkeypatch: pytest
     assert corpus("tinyshakespeare", "train") == content[:180]
     assert corpus("tinyshakespeare", "validation") == content[180:190]
     assert corpus("tinyshakespeare", "test") == content[190:]
+
+
+def test_a_papers_own_copy_is_found_first(write: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    expect(monkeypatch, "tinyshakespeare", input=b"a play")
+    with pytest.raises(UserError, match="run 'reprise data fetch plays', or put the file there"):
+        corpus("tinyshakespeare", folder="plays")
+    (tmp_path / "plays").mkdir()
+    own = tmp_path / "plays" / "tinyshakespeare.txt.gz"
+    own.write_bytes(gzip.compress(b"a play"))
+    assert corpus("tinyshakespeare", folder="plays") == "a play"
+    own.unlink()
+    write("tinyshakespeare/input.txt", b"a play")
+    assert corpus("tinyshakespeare", folder="plays") == "a play"
 
 
 def test_wikitext_is_split_by_files(write: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,60 +159,6 @@ def test_the_official_files_where_they_are_at_hand(name: str, sizes: list[int]) 
     if not (data_root() / "_corpora" / text.CORPORA[name].folder).is_dir():
         pytest.skip(f"no {name} under the data root")
     assert [len(corpus(name, split)) for split in text.CORPORA[name].splits] == sizes
-
-
-# ------------------------------------------------------------------------------------------------------ generated text
-
-
-def test_markov_text_follows_the_table_of_its_topic() -> None:
-    options = {"num_symbols": 3, "num_topics": 2, "switch_probability": 0.05, "concentration": 1.0}
-    symbols, topics = markov_text(2_000, num_streams=40, seed=0, **options)
-    tables = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, 3, 3))
-    assert symbols.shape == topics.shape == (40, 2_000)
-    assert set(np.unique(symbols)) == {0, 1, 2}
-    counts = np.zeros((2, 3, 3, 3))
-    np.add.at(counts, (topics[:, 2:], symbols[:, :-2], symbols[:, 1:-1], symbols[:, 2:]), 1)
-    totals = counts.sum(axis=3, keepdims=True)
-    # Six standard errors of the rarest context.
-    assert totals.min() > 100
-    assert (np.abs(counts / totals - tables) < 3 / np.sqrt(totals)).all()
-
-
-def test_topics_change_as_often_as_asked_and_always_to_another() -> None:
-    _, topics = markov_text(1_000, num_topics=3, switch_probability=0.1, num_symbols=2, num_streams=50, seed=0)
-    changed = topics[:, 1:] != topics[:, :-1]
-    assert changed.mean() == pytest.approx(0.1, abs=0.005)
-    steps = (topics[:, 1:] - topics[:, :-1])[changed] % 3
-    assert np.bincount(steps)[1:] / len(steps) == pytest.approx([0.5, 0.5], abs=0.03)
-    assert np.bincount(topics[:, 0], minlength=3).min() > 5
-    for probability, expected in [(0.0, 0.0), (1.0, 1.0)]:
-        _, topics = markov_text(50, switch_probability=probability, seed=0)
-        assert (topics[:, 1:] != topics[:, :-1]).mean() == expected
-
-
-def test_seeds_of_streams_and_tables_are_apart() -> None:
-    options = {"length": 200, "num_symbols": 4, "num_streams": 3}
-    symbols, topics = markov_text(seed=0, **options)
-    again, _ = markov_text(seed=0, **options)
-    np.testing.assert_array_equal(symbols, again)
-    assert not np.array_equal(symbols, markov_text(seed=1, **options)[0])
-    other_tables, same_topics = markov_text(seed=0, table_seed=1, **options)
-    np.testing.assert_array_equal(topics, same_topics)
-    assert not np.array_equal(symbols, other_tables)
-    assert not np.array_equal(symbols[0], symbols[1])
-
-
-def test_markov_text_of_the_smallest_size() -> None:
-    symbols, topics = markov_text(1, num_symbols=1, num_topics=1, seed=0)
-    assert symbols.tolist() == topics.tolist() == [[0]]
-
-
-@pytest.mark.parametrize(
-    "options", [{"length": 0}, {"num_topics": 0}, {"switch_probability": 1.1}, {"concentration": 0.0}]
-)
-def test_an_impossible_source_is_refused(options: dict) -> None:
-    with pytest.raises(UserError, match="must"):
-        markov_text(**({"length": 10, "seed": 0} | options))
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
