@@ -108,7 +108,7 @@ class Speed(Strict):
     models: Arms = ("transformer", "retnet", "mamba", "gla")
     training_lengths: tuple[PositiveInt, ...] = Field(min_length=1, description="of the sequences of a training step")
     training_tokens: PositiveInt = Field(description="of a training step, whatever the length")
-    repeats: PositiveInt = Field(3, description="measurements of everything, in turns")
+    repeats: PositiveInt = Field(3, description="independent measurements, each of which is a median")
 
     @model_validator(mode="after")
     def _lengths_divide(self) -> Speed:

@@ -19,6 +19,7 @@ as many tokens of it as the params ask for, every document followed by the token
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -122,8 +123,13 @@ def read_text(settings: TextSettings) -> str:
     """The whole text of a source that is not streamed."""
     if settings.source == "python":
         return python_text()
-    split = None if settings.source == "tinyshakespeare" else "train"
-    return corpus(settings.source, split, folder=settings.data_folder)
+    path = data_root() / settings.data_folder / f"{settings.source}.txt"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    packed = path.with_name(f"{path.name}.gz")
+    if packed.is_file():
+        return gzip.decompress(packed.read_bytes()).decode("utf-8")
+    return corpus(settings.source, None if settings.source == "tinyshakespeare" else "train")
 
 
 def split_text(text: str) -> dict[Split, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.bench import forward, forward_backward, peak_memory_mib, rounds
+from kernels.bench import forward_backward, measure, peak_memory_mib
 from kernels.linear_attention import gla
 from kernels.linear_attention.reference import gla_reference
 from shared.evaluation.language import token_loss
@@ -34,18 +34,15 @@ def measure_costs(params: Params, vocab_size: int, device: torch.device) -> list
 
 def operator_costs(speed: Speed, device: torch.device) -> Iterator[Row]:
     """Milliseconds of the operators by length, forward and with the backward pass, and the exponent of their growth."""
-    for name, prepare in (("forward", forward), ("forward+backward", forward_backward)):
-        # Of every measurement the times of each operator by length.
-        times: list[dict[str, dict[int, float]]] = [{} for _ in range(speed.repeats)]
-        for length in speed.lengths:
-            cases = {
-                key: prepare(function, *inputs) for key, (function, inputs) in operators(length, speed, device).items()
-            }
-            for of_measurement, taken in zip(times, rounds(cases, speed.repeats), strict=True):
-                for key, seconds in taken.items():
-                    of_measurement.setdefault(key, {})[length] = 1e3 * seconds
-        for repeat, of_measurement in enumerate(times):
-            for key, by_length in of_measurement.items():
+    for name, timed in (("forward", _forward), ("forward+backward", forward_backward)):
+        for repeat in range(speed.repeats):
+            times: dict[str, dict[int, float]] = {}
+            for length in speed.lengths:
+                cases = operators(length, speed, device)
+                timed_cases = {key: timed(function, *inputs) for key, (function, inputs) in cases.items()}
+                for key, seconds in measure(timed_cases, repeats=1).items():
+                    times.setdefault(key, {})[length] = 1e3 * seconds
+            for key, by_length in times.items():
                 row = {"model": key, "dataset": f"operator/{name}", "seed": repeat}
                 for length, milliseconds in by_length.items():
                     yield row | {"metric": "milliseconds", "length": length, "value": milliseconds}
@@ -91,6 +88,14 @@ def exponent(times: dict[int, float]) -> float:
     return float(np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0])
 
 
+def _forward(function: Callable[..., Any], *inputs: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
@@ -105,8 +110,8 @@ def training_costs(params: Params, vocab_size: int, device: torch.device) -> Ite
         tokens = torch.randint(vocab_size, (speed.training_tokens // length, length + 1), device=device)
         cases = {arm: partial(training_step, model, tokens) for arm, model in models.items()}
         common = {"dataset": "training_step", "length": length}
-        for repeat, taken in enumerate(rounds(cases, speed.repeats)):
-            for arm, seconds in taken.items():
+        for repeat in range(speed.repeats):
+            for arm, seconds in measure(cases, repeats=1).items():
                 yield common | {"model": arm, "metric": "milliseconds", "seed": repeat, "value": 1e3 * seconds}
         if device.type == "cuda":
             for arm, case in cases.items():

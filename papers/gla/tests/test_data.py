@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 from shared.config import Stage, UserError, load_params
 from shared.data.text import python_text
 
-from .. import data
 from ..config import Params
 from ..data import (
     SPLITS,
@@ -68,18 +68,28 @@ def test_windows_continue_each_other_without_a_copy(tmp_path: Path) -> None:
         text.windows("test", 10_000_000)
 
 
-def test_shakespeare_is_looked_for_where_it_is_fetched_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetched_shakespeare_is_read_plain_or_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPRISE_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="missing: run 'reprise data fetch plays'"):
-        prepare_text(tmp_path / "language", TextSettings(source="tinyshakespeare", data_folder="plays"))
+    settings = TextSettings(source="tinyshakespeare", data_folder="plays")
+    with pytest.raises(UserError, match="missing"):
+        prepare_text(tmp_path / "data" / "language", settings)
+    (tmp_path / "plays").mkdir()
+    for write in (
+        lambda path, text: path.with_name(path.name + ".gz").write_bytes(gzip.compress(text.encode())),
+        lambda path, text: path.write_text(text),
+    ):
+        write(tmp_path / "plays" / "tinyshakespeare.txt", "O Romeo, Romeo! " * 20)
+        prepare_text(tmp_path / "data" / "language", settings)
+        text = load_text(tmp_path / "data")
+        assert (text.vocab_size, text.source) == (len(set("O Romeo, Romeo! ")), "tinyshakespeare")
 
 
 def test_byte_pairs_are_learnt_from_the_training_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plays = "to be or not to be, that is the question. " * 100
-    monkeypatch.setattr(data, "corpus", lambda name, split, *, folder: plays)
+    monkeypatch.setenv("REPRISE_DATA", str(tmp_path))
+    (tmp_path / "gla").mkdir()
+    (tmp_path / "gla" / "tinyshakespeare.txt").write_text("to be or not to be, that is the question. " * 100)
     prepare_text(tmp_path / "language", TextSettings(source="tinyshakespeare", vocab_size=300))
     text = load_text(tmp_path)
-    assert text.source == "tinyshakespeare"
     assert text.vocab_size <= 300
     assert text.characters_per_token == pytest.approx(210 / len(text.tokens["test"]))
     assert text.characters_per_token > 2
