@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.house_lm.cli import app as house_lm_app
 from shared.config import UserError, repo_root
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ data_app = typer.Typer(help="Real data: what is there, fetching it, checking it.
 track_app = typer.Typer(help="Tracked runs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(track_app, name="track")
+app.add_typer(house_lm_app, name="house-lm")
 
 INTERRUPTED = 130
 

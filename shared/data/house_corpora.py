@@ -81,10 +81,9 @@ class Documents:
 
 def generate(kind: str, count: int, rng: Generator, lexicon: Lexicon, split: Split = "train") -> Documents:
     """`count` documents of a kind (see KINDS), each beginning with `<bos>`."""
-    if kind not in KINDS:
-        close = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(f"there is no kind of document {kind!r}{hint}; choose among {', '.join(KINDS)}")
+    _check_kind(kind)
+    if count < 1:
+        raise UserError(f"at least one document must be asked for (given: {count})")
     if split not in ("train", "test"):
         raise UserError(f"there is no split {split!r}: choose train or test")
     return KINDS[kind](count, rng, lexicon, split)
@@ -105,9 +104,9 @@ def mix(weights: Mapping[str, float], count: int, rng: Generator, lexicon: Lexic
     kinds = [kind for kind, weight in weights.items() if weight > 0]
     shares = np.array([weights[kind] for kind in kinds], dtype=float)
     drawn = rng.choice(len(kinds), size=count, p=shares / shares.sum())
-    parts = [generate(kind, int((drawn == i).sum()), rng, lexicon, split).tokens for i, kind in enumerate(kinds)]
-    together = np.full((count, max(part.shape[1] for part in parts)), ABSENT, dtype=np.int32)
-    for index, part in enumerate(parts):
+    parts = {i: generate(kinds[i], int((drawn == i).sum()), rng, lexicon, split).tokens for i in np.unique(drawn)}
+    together = np.full((count, max(part.shape[1] for part in parts.values())), ABSENT, dtype=np.int32)
+    for index, part in parts.items():
         together[drawn == index, : part.shape[1]] = part
     return together[together != ABSENT]
 
@@ -115,12 +114,16 @@ def mix(weights: Mapping[str, float], count: int, rng: Generator, lexicon: Lexic
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raise `UserError` for unknown kinds of documents, and for weights that are negative or all zero."""
     for kind in weights:
-        if kind not in KINDS:
-            close = difflib.get_close_matches(kind, KINDS, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise UserError(f"there is no kind of document {kind!r}{hint}; choose among {', '.join(KINDS)}")
+        _check_kind(kind)
     if min(weights.values(), default=0) < 0 or sum(weights.values()) <= 0:
         raise UserError(f"weights of documents must not be negative, and one must be positive (given: {dict(weights)})")
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        close = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"there is no kind of document {kind!r}{hint}; choose among {', '.join(KINDS)}")
 
 
 def pack(
@@ -196,6 +199,12 @@ def _assemble(count: int, lexicon: Lexicon, *parts: str | NDArray | _Answer) -> 
     return tokens, np.concatenate(marks, axis=1) & (tokens != ABSENT)
 
 
+def _repeat(lexicon: Lexicon, words: str, *shape: int) -> Tokens:
+    """The same words everywhere, [*shape, number of words]."""
+    tokens = lexicon.encode(words)
+    return np.broadcast_to(tokens, (*shape, len(tokens)))
+
+
 def _choose(rng: Generator, words: Tokens, *shape: int) -> Tokens:
     return words[rng.integers(len(words), size=shape)]
 
@@ -232,8 +241,8 @@ def _reverse_recall(count: int, rng: Generator, lexicon: Lexicon, split: Split) 
     num_pairs = rng.integers(2, 7, size=count)
     content = lexicon.encode(lexicon.content)
     words = content[distinct(rng, count, len(content), 12)].reshape(count, 6, 2)
-    commas = np.broadcast_to(lexicon.encode(","), (count, 6, 1))
-    pairs = _only(np.arange(6) < num_pairs[:, None], np.concatenate([words, commas], axis=2))
+    pairs = np.concatenate([words, _repeat(lexicon, ",", count, 6)], axis=2)
+    pairs = _only(np.arange(6) < num_pairs[:, None], pairs)
     asked = rng.integers(num_pairs[:, None], size=(count, NUM_QUERIES))
     queries = np.take_along_axis(words, asked[:, :, None], axis=1)[:, :, ::-1]
     tokens, answers = _assemble(count, lexicon, pairs, "?", queries)
@@ -261,14 +270,13 @@ def _filler(count: int, rng: Generator, lexicon: Lexicon, split: Split) -> Docum
     return Documents(*_assemble(count, lexicon, _fillers(count, FILLER_LENGTH, rng, lexicon)))
 
 
-def _sentences(count: int, present: NDArray[np.bool_], rng: Generator, lexicon: Lexicon) -> Tokens:
-    """Filler sentences [count, S, W] of 4 to 8 words and a full stop, where `present` [count, S]."""
+def _sentences(present: NDArray[np.bool_], rng: Generator, lexicon: Lexicon) -> Tokens:
+    """Filler sentences [N, S, W] of 4 to 8 words and a full stop, where `present` [N, S]."""
     shape, longest = present.shape, SENTENCE_LENGTHS[1]
     words = _fillers(present.size, longest, rng, lexicon).reshape(*shape, longest)
     length = rng.integers(SENTENCE_LENGTHS[0], longest + 1, size=(*shape, 1))
     words = np.where(np.arange(longest) < length, words, ABSENT)
-    stops = np.broadcast_to(lexicon.encode("."), (*shape, 1))
-    return _only(present, np.concatenate([words, stops], axis=2))
+    return _only(present, np.concatenate([words, _repeat(lexicon, ".", *shape)], axis=2))
 
 
 def _haystack(
@@ -282,21 +290,19 @@ def _haystack(
     num_sentences = rng.integers(sentences[0], sentences[1] + 1, size=count)
     has_fact = np.arange(MAX_FACTS) < num_facts[:, None]
     has_sentence = np.arange(sentences[1]) < num_sentences[:, None]
+    present = np.concatenate([has_fact, has_sentence], axis=1)
     names = lexicon.encode(lexicon.names)[distinct(rng, count, len(lexicon.names), MAX_FACTS)]
     # All code words of a document differ, so that what was copied also says from where.
     codes = lexicon.encode(CODES)[distinct(rng, count, len(CODES), MAX_FACTS * CODE_LENGTH)]
     codes = codes.reshape(count, MAX_FACTS, CODE_LENGTH)
-    frame, stop = (
-        np.broadcast_to(lexicon.encode(words), (count, MAX_FACTS, n)) for words, n in (("The code of", 3), (".", 1))
-    )
+    frame, stop = _repeat(lexicon, "The code of", count, MAX_FACTS), _repeat(lexicon, ".", count, MAX_FACTS)
     facts = _only(has_fact, np.concatenate([frame, names[:, :, None], codes, stop], axis=2))
-    filler = _sentences(count, has_sentence, rng, lexicon)
-    width = max(facts.shape[2], filler.shape[2])
-    segments = [
-        np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[2])), constant_values=ABSENT) for part in (facts, filler)
-    ]
-    shuffled, places = _at_random(rng, np.concatenate(segments, axis=1))
-    present = np.concatenate([has_fact, has_sentence], axis=1)
+    filler = _sentences(has_sentence, rng, lexicon)
+    # As wide as the longest sentence, which is longer than a fact.
+    segments = np.full((*present.shape, filler.shape[2]), ABSENT, dtype=np.int32)
+    segments[:, :MAX_FACTS, : facts.shape[2]] = facts
+    segments[:, MAX_FACTS:] = filler
+    shuffled, places = _at_random(rng, segments)
     before = (present & (places < places[:, :1])).sum(axis=1)
     depth = 100 * before // np.maximum(present.sum(axis=1) - 1, 1)
     details = {"facts": num_facts, "sentences": num_sentences, "depth": depth}
@@ -318,11 +324,9 @@ def _needle_chat(count: int, rng: Generator, lexicon: Lexicon, split: Split) -> 
     """As `needle`, the question in other words, or before the facts with the name repeated where the answer begins."""
     context, name, code, details = _haystack(count, rng, lexicon, (0, 5))
     first = rng.random((count, 1)) < 0.5
-    before, after = (
-        np.broadcast_to(lexicon.encode(words), (count, n)) for words, n in (("Ask :", 2), ("Tell me the code for", 5))
-    )
-    ask = np.concatenate([before, name[:, None], np.broadcast_to(lexicon.encode("?"), (count, 1))], axis=1)
-    answer = np.broadcast_to(lexicon.encode("Answer for"), (count, 2))
+    ask = np.concatenate([_repeat(lexicon, "Ask :", count), name[:, None], _repeat(lexicon, "?", count)], axis=1)
+    # Both closings in the same columns: the shorter one begins with absent tokens.
+    after, answer = _repeat(lexicon, "Tell me the code for", count), _repeat(lexicon, "Answer for", count)
     closing = np.where(first, np.pad(answer, ((0, 0), (3, 0)), constant_values=ABSENT), after)
     parts = _assemble(count, lexicon, _only(first[:, 0], ask), context, closing, name, _Answer(code), ".")
     return Documents(*parts, details | {"question_first": first[:, 0].astype(np.int64)})
@@ -395,10 +399,8 @@ def _colored_objects(official: bool) -> Kind:
             return out[:, asked].all(axis=1) if split == "test" else ~out.any(axis=1)
 
         pairs = _draw_until(draw, accept, count)
-        things, colors, capitals = (
-            lexicon.encode(words)
-            for words in (lexicon.things, lexicon.colors, [c.capitalize() for c in lexicon.colors])
-        )
+        things, colors = lexicon.encode(lexicon.things), lexicon.encode(lexicon.colors)
+        capitals = lexicon.encode([color.capitalize() for color in lexicon.colors])
         parts: list[str | NDArray | _Answer] = []
         has_first = np.ones(count, dtype=bool) if official else rng.random(count) < 0.5
         for scene, present in enumerate((has_first, np.ones(count, dtype=bool))):
@@ -408,7 +410,7 @@ def _colored_objects(official: bool) -> Kind:
             question += ["? A :"] if official else []
             tokens, _ = _assemble(count, lexicon, *question)
             parts += [_only(present, tokens[:, 1:]), _Answer(_only(present, capitals[members[:, 1, 0]]))]
-            parts += [] if official else [_only(present, np.broadcast_to(lexicon.encode("."), (count, 1)))]
+            parts += [] if official else [_only(present, _repeat(lexicon, ".", count))]
         listed = capitals[pairs[:, 1]].reshape(count, 2, NUM_SCENE_OBJECTS)
         return Documents(*_assemble(count, lexicon, *parts), {"scenes": 1 + has_first, "listed": listed[:, 1]})
 
@@ -486,7 +488,6 @@ def _multiple_choice(labels: Literal["standard", "ordered", "random", "numbers",
         table = np.full((len(categories), sizes.max()), ABSENT, dtype=np.int32)
         for row, words in zip(table, categories, strict=True):
             row[: len(set(words))] = lexicon.encode(sorted(set(words)))
-        category = rng.integers(len(categories), size=count)
 
         def draw(n: int) -> Integers:
             chosen = rng.integers(len(categories), size=n)
@@ -576,7 +577,7 @@ KINDS: dict[str, Kind] = {
     "ind": _induction,
     "vk": _reverse_recall,
     "needle": _needle_in((0, 5)),
-    "needle_long": _needle_in((20, 60)),
+    "needle_long": _needle_in((20, 45)),
     "needle_chat": _needle_chat,
     "ioi": _indirect_object,
     "co": _colored_objects(official=False),

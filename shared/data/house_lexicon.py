@@ -21,6 +21,11 @@ from shared.config import UserError, data_root
 Tokens = NDArray[np.int32]
 LexiconName = Literal["embedded", "published"]
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 BOS = "<bos>"
 NONSENSE = tuple(f"n{i}" for i in range(160))
 FILLERS = tuple(f"f{i}" for i in range(96))
@@ -31,38 +36,9 @@ YEARS = tuple(f"{i:02d}" for i in range(100))
 CENTURIES = tuple(f"{i}xx" for i in range(11, 20))
 LABELS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SYMBOLS = (".", ",", ":", "?", "(", ")", "+", "=", '"""')
-FRAME_WORDS = tuple(
-    [
-        "Answer",
-        "Ask",
-        "False",
-        "On",
-        "Q",
-        "Tell",
-        "The",
-        "True",
-        "What",
-        "a",
-        "an",
-        "and",
-        "code",
-        "color",
-        "def",
-        "for",
-        "from",
-        "is",
-        "lasted",
-        "me",
-        "not",
-        "of",
-        "on",
-        "or",
-        ":param",
-        "self",
-        "the",
-        "to",
-        "year",
-    ]
+FRAME_WORDS = _words(
+    "Answer Ask False On Q Tell The True What a an and code color def for from is lasted me not of on or :param self "
+    "the to year"
 )
 SUCCESSOR_PROBABILITIES = (0.5, 0.25, 0.15, 0.1)
 
@@ -155,34 +131,16 @@ def _embedded() -> Lexicon:
     )
     letters = sorted({name for alphabet, first in alphabets for name in _letters(f"{alphabet} LETTER ", first)})
     pictures = sorted({name for first in (0x1F300, 0x1F400, 0x1F500) for name in _words_from(first)})
-    things = [
-        "ball",
-        "bowl",
-        "bottle",
-        "brush",
-        "button",
-        "candle",
-        "coin",
-        "cup",
-        "fork",
-        "key",
-        "lamp",
-        "mug",
-        "pen",
-        "pencil",
-        "spoon",
-        "ticket",
-        "towel",
-    ]
+    things = _words("ball bowl bottle brush button candle coin cup fork key lamp mug pen pencil spoon ticket towel")
     nouns = [word for word in pictures if word not in things]
     return Lexicon(
         name="embedded",
         source="generated: words from Unicode's names of letters and pictographs, and sentences of our own",
         names=tuple(letters[:99]),
-        places=tuple(["airport", "bakery", "castle", "harbor", "library", "market", "museum", "village"]),
-        gifts=tuple(["apple", "basket", "blanket", "flower", "hat", "letter", "painting", "toy"]),
-        things=tuple(things),
-        colors=tuple(["black", "blue", "brown", "green", "orange", "purple", "red", "yellow"]),
+        places=_words("airport bakery castle harbor library market museum village"),
+        gifts=_words("basket blanket flower hat lantern letter painting toy"),
+        things=things,
+        colors=_words("black blue brown green orange purple red yellow"),
         surfaces=("bench", "shelf", "table"),
         subjects=("I see", "we find", "you notice"),
         durations=tuple(nouns[0:60]),
@@ -266,8 +224,8 @@ def _read(name: str, origin: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing: the lexicon 'published' needs the word lists of {origin}, as JSON. Put the file there, "
-            "point REPRISE_DATA to the folder that holds your data sets, or train a model of the lexicon 'embedded'"
+            f"{path} is missing: the lexicon 'published' needs the word lists of {origin}, as JSON. Put the file "
+            "there, point REPRISE_DATA to the folder that holds your data sets, or train on the lexicon 'embedded'"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): make it again from {origin}") from None

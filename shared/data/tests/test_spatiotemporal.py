@@ -194,9 +194,9 @@ def test_a_series_says_what_does_not_fit() -> None:
         Series(np.zeros((4, 2, 1), np.float32), np.ones((4, 3), bool), None, ("a", "b"))
     with pytest.raises(UserError, match="times of shape"):
         Series(np.zeros((4, 2, 1), np.float32), np.ones((4, 2), bool), times(0, 1), ("a", "b"))
+    values = np.zeros((4, 2, 1), np.float32)
+    values[1, 1] = np.nan
     with pytest.raises(UserError, match="not finite, the first at step 1 of b"):
-        values = np.zeros((4, 2, 1), np.float32)
-        values[1, 1] = np.nan
         Series(values, np.ones((4, 2), bool), None, ("a", "b"))
 
 

@@ -1,0 +1,1 @@
+"""House language models: trained here once, looked into by many papers."""
