@@ -28,6 +28,8 @@ from shared.data.house_lexicon import YEARS, Lexicon
 Predictor = Callable[[Tensor], Tensor]
 
 BATCH_SIZE = 50
+# Counts that n-gram models add to every continuation, of which the best is taken.
+ADDED = (0.001, 0.003, 0.01, 0.03, 0.1)
 COLUMNS = ("mixture", "size", "seed", "ability", "metric", "value", "bigram", "chance", "at_least", "at_most", "passed")
 
 
@@ -241,8 +243,6 @@ def measure_language(
     }
 
 
-ADDED = (0.001, 0.003, 0.01, 0.03, 0.1)
-
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -267,9 +267,10 @@ def ability_rows(
 def language_rows(values: Mapping[str, float], name: str = "language") -> list[dict[str, Any]]:
     """The same for what `measure_language` returns: loss below both n-gram models', bigram correlation below 0.95."""
     gates = {"loss_below_ngrams": {"at_least": 0.0}, "bigram_correlation": {"at_most": 0.95}}
-    own = {metric: value for metric, value in values.items() if metric not in ("bigram_loss",)}
     rows = [
-        {"ability": name, "metric": metric, "value": value} | gates.get(metric, {}) for metric, value in own.items()
+        {"ability": name, "metric": metric, "value": value} | gates.get(metric, {})
+        for metric, value in values.items()
+        if metric != "bigram_loss"
     ]
     rows[0]["bigram"] = values["bigram_loss"]
     return [gated(row) for row in rows]
