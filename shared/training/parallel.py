@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from shared.config import UserError
 
 Report = Callable[[float, str], None]
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, threads: int, display: 
             while waiting and len(running) < workers:
                 index = waiting.pop(0)
                 process = context.Process(target=_work, args=(index, jobs[index], threads, messages), daemon=True)
-                process.start()
+                with _signals_held():
+                    process.start()
                 running[index] = process
             wait([messages._reader, *(process.sentinel for process in running.values())], timeout=1.0)
             while not messages.empty():
@@ -100,13 +102,7 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, threads: int, display: 
 
 
 def _work(index: int, job: Job, threads: int, messages: Any) -> None:
-    """Body of a worker process."""
-    # Ctrl-C reaches the whole process group; the parent decides what happens then, and stops a worker in such a way
-    # that it takes its unfinished files along.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _die_with_parent()
-    _limit_threads(threads)
+    """Body of a worker process, which starts with `STOPS` held back."""
     last = 0.0
 
     def report(fraction: float, text: str) -> None:
@@ -115,8 +111,27 @@ def _work(index: int, job: Job, threads: int, messages: Any) -> None:
             last = time.monotonic()
             messages.put((index, "progress", (fraction, text)))
 
+    # Ctrl-C reaches the whole process group; the parent decides what happens then, and stops a worker in such a way
+    # that it takes its unfinished files along. A stop that came while the process started is met here too, and one
+    # that comes when all is said ends it without a word.
     with suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        _die_with_parent()
+        _limit_threads(threads)
         messages.put((index, *_outcome(job, report)))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold `STOPS` back while a process starts, which inherits that: it lets them through once it can answer them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _outcome(job: Job, report: Report) -> tuple[str, Any]:

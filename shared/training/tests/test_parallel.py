@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.config import UserError
-from shared.training import Job, run_jobs
+from shared.training import Job, parallel, run_jobs
 
 
 def square(number: int, report: Callable[[float, str], None]) -> tuple[int, int]:
@@ -63,3 +63,20 @@ def test_a_killed_process_is_reported_and_the_others_are_stopped(tmp_path: Path)
         run_jobs([Job("seed 0", sleep_and_tell, (tmp_path / "pid",)), Job("seed 1", die)], workers=2)
     pid = tmp_path / "pid"
     assert not pid.exists() or not psutil.pid_exists(int(pid.read_text()))
+
+
+def test_processes_stopped_while_they_start_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+
+    def slow_but_for_one() -> None:
+        try:
+            first.touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(30)
+
+    monkeypatch.setattr(parallel, "_die_with_parent", slow_but_for_one)
+    with pytest.raises(UserError, match="width must be positive"):
+        run_jobs([Job(f"seed {number}", refuse) for number in range(4)], workers=4)
+    assert "Traceback" not in capfd.readouterr().err
