@@ -108,7 +108,7 @@ def test_small_results_are_committed(folder: Path) -> None:
 
 
 @each_paper
-def test_results_are_fresh_and_rest_on_three_seeds(folder: Path) -> None:
+def test_results_are_fresh_and_rest_on_three_seeds_or_on_test_items(folder: Path) -> None:
     params = yaml.safe_load((folder / "params.yaml").read_text())
     for results in result_folders(folder):
         metrics = json.loads((results / "metrics.json").read_text())
@@ -116,9 +116,13 @@ def test_results_are_fresh_and_rest_on_three_seeds(folder: Path) -> None:
         assert metrics["digest"]["params"] == params_digest(params[results.name]), f"{results} is older than its params"
         scores = pd.read_csv(results / "scores.csv")
         assert list(scores.columns[: len(SCORE_COLUMNS)]) == list(SCORE_COLUMNS)
-        assert scores["seed"].nunique() >= 3
         verdict = json.loads((results / "verdict.json").read_text())
         assert [claim["id"] for claim in verdict["claims"]] == [claim.id for claim in load_paper(folder).claims]
+        if scores["seed"].nunique() < 3:
+            # Published measurements, which no seed of ours can vary: test items, or exact numbers.
+            judged = [c for claim in verdict["claims"] for c in claim["comparisons"] if c["verdict"] != "untested"]
+            assert judged
+            assert all(c["items"] >= 3 or c["low"] == c["high"] for c in judged)
 
 
 @each_paper

@@ -129,11 +129,3 @@ def test_importing_the_package_is_light() -> None:
     code = f"import sys, shared.lm; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_the_benchmark_runs() -> None:
-    from shared.lm.bench import decoding_cost, forward_overhead, house
-
-    rows = [*forward_overhead(house(), 1, 8, repeats=1), *decoding_cost(house(), 8, steps=2, repeats=1)]
-    assert len(rows) == 13
-    assert all(milliseconds > 0 for _, _, milliseconds in rows)

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from shared.config import Stage
-from shared.files import atomic_path
+from shared.evaluation.figures import save_figures
 
 from .model import KINDS, THRESHOLD, activation_frequency, shares
 
@@ -58,15 +58,7 @@ def draw(stage: Stage, scores: pd.DataFrame, samples: Samples, answers: pd.DataF
         figures["masking"] = masking(scores)
         figures["depth"] = by_depth(answers, first, samples)
         figures["errors"] = errors(scores, first)
-    paths = []
-    for name, figure in figures.items():
-        path = stage.results_dir / f"{name}.png"
-        with atomic_path(path) as temporary:
-            # No software version inside, so that equal runs give equal files.
-            figure.savefig(temporary, dpi=100, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-        paths.append(path)
-    return paths
+    return save_figures(stage.results_dir, figures, dpi=100)
 
 
 def head_maps(samples: Samples) -> Figure:
