@@ -201,6 +201,6 @@ def test_several_collections_are_for_the_kernel_ranker() -> None:
         join({"a": annotated(), "b": annotated()})
 
 
-def test_the_ranker_is_that_of_the_sheet() -> None:
+def test_the_ranker_is_the_one_described() -> None:
     assert KernelRanker().embedding_dimensions == 100
     assert KernelRanker().hidden_size == 32

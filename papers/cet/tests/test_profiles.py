@@ -46,7 +46,7 @@ def test_every_variant_is_run_in_the_real_profile() -> None:
     assert set(params_of("real").experiments["weak_pool"].models["plain"]) == set(SOURCES)
 
 
-def test_the_protocol_is_that_of_the_sheet() -> None:
+def test_the_protocol_is_the_one_described() -> None:
     pooling, training = params_of("real").pooling, params_of("real").training
     assert (pooling.depth, pooling.negatives, pooling.reranked, pooling.folds) == (20, 50, 100, 5)
     assert pooling.label == "highest_ranked"

@@ -81,7 +81,7 @@ def ring(num_nodes: int) -> Graph:
 
 
 def test_the_paper_profile_has_the_published_size() -> None:
-    """By hand from the published layers, at F = 8 features, hidden size d = 256 and horizon 12: 0.76 M in the sheet."""
+    """By hand from the published layers, at F = 8 features, hidden size d = 256 and horizon 12: 0.76 M published."""
     experiment = params_of("paper").experiments["clean"]
     with torch.device("meta"):
         model = make_model(experiment, "regt_gcn", ring(98), 12, 0)
