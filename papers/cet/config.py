@@ -158,6 +158,7 @@ class Pooling(Strict):
     strong: Literal["rm3", "lsa_mix"] = "lsa_mix"
     lsa_dimensions: PositiveInt = 200
     mix_weight: float = Field(0.5, ge=0, le=1, description="of the latent semantic score in 'lsa_mix'")
+    feedback_weight: float = Field(0.7, ge=0, le=1, description="of the query's own words in 'rm3'")
     folds: int = Field(5, ge=2, description="of queries; every fold but one is trained on")
     tested_folds: PositiveInt | None = Field(None, description="by default all")
 
@@ -229,7 +230,7 @@ class Experiment(Strict):
 
     labels: Labels = "weak_pool"
     models: dict[str, tuple[Source, ...]] = Field(min_length=1)
-    by_query: bool = Field(True, description="keep a score a query, which claims are judged by")
+    by_query: bool = Field(True, description="keep every query's scores, not their means alone; claims need them")
 
     @field_validator("models")
     @classmethod

@@ -35,8 +35,10 @@ from .train import Trained, load_trained, make_inputs, member_groups, run_folder
 
 Row = dict[str, Any]
 METRICS = ("ndcg@10", "mrr@10", "map", "recall@20")
-# Judged by query against the sparse labels; of the others the mean is kept, which is a hundredth of the rows.
+# Whose scores against the sparse labels are kept by query; of others the means, which are a hundredth of the rows.
 SPARSELY_JUDGED = ("plain_bm25", "plain_strong", "cet_bm25", "cet_strong")
+BY_QUERY = ("ndcg@10", "mrr@10", "sparse_mrr@10")
+BY_EPOCH = ("auc_of_weights", "auc_of_relevance", "variation_of_weights", "weight_of_true", "weight_of_false")
 HARM = "strong_against_weak"
 # Of values by query and by epoch: enough for an interval, and a table of half the size.
 DIGITS = 3
@@ -56,7 +58,8 @@ def evaluate(stage: Stage[Params]) -> None:
     rows += retrievers(stage.params, prepared)
     rows += false_negatives(stage.params, prepared)
     frame = pd.DataFrame(rows)
-    frame = pd.concat([frame, pd.DataFrame([*harm(frame), *permutation_tests(frame)])], ignore_index=True)
+    derived = pd.DataFrame([*harm(frame), *permutation_tests(frame)])
+    frame = pd.concat([condensed(frame, stage.params), derived], ignore_index=True)
     write_scores(stage.results_dir / "scores.csv", frame)
     costs = [row for _, rows in results for row in rows] + (measure(stage.params.speed) if stage.params.speed else [])
     write_scores(stage.results_dir / "costs.csv", pd.DataFrame(costs))
@@ -132,10 +135,8 @@ def ranking_rows(
     ranked: NDArray[np.int64],
     tested: NDArray[np.int64],
 ) -> Iterator[Row]:
-    """Metrics of rankings [Q, R], of the tested queries."""
+    """Metrics of rankings [Q, R], of the tested queries; those of `BY_QUERY` a row a query."""
     given = isinstance(params.corpus, MSMarco)
-    experiment = params.experiments[name]
-    by_query = experiment.by_query
     # Claims look at the collections one by one for the unweighted ranker alone.
     by_collection = model.startswith("plain_") and len(prepared.groups) > 1 and not given
     metrics = ranking_metrics(ranked[tested], prepared.grades[tested], METRICS)
@@ -143,22 +144,29 @@ def ranking_rows(
     for dataset, chosen in _datasets(prepared, name, groups, given):
         for metric in METRICS:
             values = metrics[metric].to_numpy()[chosen]
-            if by_query and (metric == "ndcg@10" or (given and metric == "mrr@10")):
-                for item, value in zip(tested[chosen].tolist(), values, strict=True):
-                    row = _row(model, dataset, metric, seed, _short(value)) | {"item": item}
-                    collection = {"collection": prepared.groups[prepared.group[item]]} if by_collection else {}
-                    yield row | collection
-            else:
+            if metric not in BY_QUERY:
                 yield _row(model, dataset, metric, seed, values.mean())
+                continue
+            for item, value in zip(tested[chosen].tolist(), values, strict=True):
+                row = _row(model, dataset, metric, seed, _short(value)) | {"item": item}
+                yield row | ({"collection": prepared.groups[prepared.group[item]]} if by_collection else {})
     if not given:
         labels = prepared.labels["weak_pool"][:, 0]
         labeled = tested[labels[tested] >= 0]
         values = sparse_mrr(ranked[labeled], prepared.documents[labeled, labels[labeled]])
-        if by_query and model in SPARSELY_JUDGED and experiment.labels == "weak_pool":
-            for item, value in zip(labeled.tolist(), values, strict=True):
-                yield _row(model, name, "sparse_mrr@10", seed, _short(value)) | {"item": item}
-        else:
-            yield _row(model, name, "sparse_mrr@10", seed, values.mean())
+        for item, value in zip(labeled.tolist(), values, strict=True):
+            yield _row(model, name, "sparse_mrr@10", seed, _short(value)) | {"item": item}
+
+
+def condensed(frame: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """With means over queries in the place of what no claim looks at by query, which would be most of the table."""
+    given = isinstance(params.corpus, MSMarco)
+    kept = frame.metric.eq("ndcg@10") | (frame.metric.eq("mrr@10") & given)
+    kept |= frame.metric.eq("sparse_mrr@10") & frame.model.isin(SPARSELY_JUDGED)
+    kept &= ~frame.dataset.isin([name for name, experiment in params.experiments.items() if not experiment.by_query])
+    averaged = frame[frame.metric.isin(BY_QUERY) & ~kept]
+    means = averaged.groupby(["model", "dataset", "metric", "seed"], as_index=False).value.mean()
+    return pd.concat([frame.drop(averaged.index), means], ignore_index=True)
 
 
 def sparse_mrr(ranked: NDArray[np.int64], label: NDArray[np.int64], depth: int = 10) -> NDArray[np.float64]:
@@ -207,7 +215,7 @@ def diagnosis_rows(
         known_as = "pool_correlation" if metric == "pool_correlation_of_selection" else metric
         if counted[-1]:
             yield _row(whose, dataset, known_as, seed, means[-1])
-        for epoch in np.flatnonzero(counted) if by_epoch else ():
+        for epoch in np.flatnonzero(counted) if by_epoch and metric in BY_EPOCH else ():
             yield _row(whose, dataset, known_as, seed, _short(means[epoch])) | {"epoch": int(epoch) + 1}
 
 
@@ -230,16 +238,17 @@ def false_negatives(params: Params, prepared: Prepared) -> Iterator[Row]:
 def harm(frame: pd.DataFrame) -> Iterator[Row]:
     """By how much the ranker is worse with the strong retriever's negatives than with the weak one's, by query.
 
-    Of every experiment that has both; the experiment's name stands where models do.
+    Of every experiment that has both; its name stands where models do. `no_false_negatives` has the labels of
+    `weak_pool` and the oracle's negatives.
     """
-    scores = frame[frame.metric.eq("ndcg@10") & frame.model.isin(["plain_weak", "plain_strong"])]
-    table = (
-        scores.pivot_table(index=["dataset", "seed", "item"], columns="model", values="value") if len(scores) else {}
-    )
-    if {"plain_weak", "plain_strong"} <= set(table):
-        difference = (table.plain_weak - table.plain_strong).dropna()
-        for (experiment, seed, item), value in difference.items():
-            yield _row(experiment, HARM, "harm", seed, round(value, DIGITS)) | {"item": item}
+    for variant, known_as in (("plain", None), ("oracle", "no_false_negatives")):
+        weak, strong = f"{variant}_weak", f"{variant}_strong"
+        scores = frame[frame.metric.eq("ndcg@10") & frame.model.isin([weak, strong])]
+        table = scores.pivot_table(index=["dataset", "seed", "item"], columns="model", values="value")
+        if {weak, strong} <= set(table.columns):
+            difference = (table[weak] - table[strong]).dropna()
+            for (experiment, seed, item), value in difference.items():
+                yield _row(known_as or experiment, HARM, "harm", seed, round(value, DIGITS)) | {"item": item}
 
 
 def permutation_tests(frame: pd.DataFrame) -> Iterator[Row]:

@@ -35,6 +35,7 @@ SHOWN = {
 }
 LABEL_NAMES = {
     "weak_pool": "one label,\nweak pool",
+    "no_false_negatives": "the same,\nno false\nnegatives",
     "strong_pool": "one label,\nstrong pool",
     "complete": "all relevant\nlabeled",
 }
@@ -43,11 +44,11 @@ LABEL_NAMES = {
 def draw(stage: Stage[Params], scores: pd.DataFrame) -> list[Path]:
     """Draw all figures of a profile from its scores; returns their files."""
     scores = scores.reindex(columns=[*scores.columns, *{"item", "epoch", "collection"}.difference(scores.columns)])
-    figures = {"ndcg_by_source": by_source(scores), "weights": weights(scores)}
+    figures = {"ndcg_by_source": by_source(scores)}
     if scores.metric.eq("false_negatives").any():
         figures["false_negatives"] = false_negatives(scores)
-    if not figures["weights"].axes:
-        plt.close(figures.pop("weights"))
+    if (drawn := weights(scores)) is not None:
+        figures["weights"] = drawn
     return save_figures(stage.results_dir, figures)
 
 
@@ -66,7 +67,7 @@ def by_source(scores: pd.DataFrame) -> Figure:
     harm = scores[scores.metric.eq("harm")]
     count = 2 if len(harm) else 1
     figure, axes = plt.subplots(
-        1, count, figsize=(8 + 4 * (count - 1), 4.4), layout="constrained", width_ratios=[2.2, 1][:count], squeeze=False
+        1, count, figsize=(8 + 5 * (count - 1), 4.4), layout="constrained", width_ratios=[1.9, 1][:count], squeeze=False
     )
     axis = axes[0, 0]
     rows = items[items.dataset.eq(main)]
@@ -121,40 +122,40 @@ def false_negatives(scores: pd.DataFrame) -> Figure:
     return figure
 
 
-def weights(scores: pd.DataFrame) -> Figure:
-    """Mean weights of true and of false negatives in the relevance loss, and how well weights tell them apart."""
+def weights(scores: pd.DataFrame) -> Figure | None:
+    """Mean weights of true and of false negatives in the relevance loss, and how well weights tell them apart.
+
+    None where no model has weights.
+    """
     rows = scores[scores.epoch.notna() & scores.dataset.eq("weak_pool")]
-    models = [
-        (f"{variant}_{source}", f"{label}, {SOURCE_LABELS[source]}", color, style)
-        for variant, label, color in (("cet", "τ = 10", "tab:blue"), ("cet_tau1", "τ = 1", "tab:cyan"))
-        for source, style in (("bm25", "--"), ("strong", "-"))
-        if rows.model.eq(f"{variant}_{source}").any()
-    ]
-    if not models:
-        return plt.figure()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for model, label, color, style in models:
-        of_model = rows[rows.model.eq(model)]
-        for metric, tint in (("weight_of_true", color), ("weight_of_false", "tab:red")):
-            means = of_model[of_model.metric.eq(metric)].groupby("epoch").value.mean()
-            which = "true" if metric == "weight_of_true" else "false"
-            width = 2.2 if "10" in label else 1.1
-            axes[0].plot(means.index, means, style, color=tint, lw=width, label=f"{which} negatives, {label}")
-        for metric, tint in (("auc_of_weights", color), ("auc_of_relevance", "0.6")):
-            means = of_model[of_model.metric.eq(metric)].groupby("epoch").value.mean()
-            if len(means) and (tint != "0.6" or label.startswith("τ = 10")):
-                known = label if metric == "auc_of_weights" else f"R itself finds the false ones, {label}"
-                axes[1].plot(means.index, means, style, color=tint, label=known)
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter("{x:g}")
-    axes[0].set_ylabel("mean weight $w_R$")
-    axes[1].axhline(0.5, color="black", lw=0.8)
-    axes[1].set_ylabel("AUC: true negatives weigh more than false ones")
+    curves = rows.pivot_table(index="epoch", columns=["model", "metric"], values="value")
+    variants = {"cet": "τ = 10", "cet_tau1": "τ = 1"}
+    sources = {"bm25": "--", "strong": "-"}
+    shown = [variant for variant in variants if f"{variant}_strong" in curves]
+    if not shown:
+        return None
+    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(4.4 * (len(shown) + 1), 3.8), layout="constrained")
+    for axis, variant in zip(axes, shown, strict=False):
+        for source, style in sources.items():
+            for metric, color in (("weight_of_true", "black"), ("weight_of_false", "tab:red")):
+                if (f"{variant}_{source}", metric) in curves:
+                    label = f"{metric.rpartition('_')[2]} negatives, {SOURCE_LABELS[source]}"
+                    axis.plot(curves[f"{variant}_{source}", metric], style, color=color, label=label)
+        axis.set_yscale("linear" if variant == "cet" else "log")
+        axis.set_ylabel("mean weight $w_R$")
+        axis.set_title(variants[variant], fontsize=10)
+    for variant, color in zip(shown, ("tab:blue", "tab:cyan"), strict=False):
+        for source, style in sources.items():
+            if (f"{variant}_{source}", "auc_of_weights") in curves:
+                label = f"{variants[variant]}, {SOURCE_LABELS[source]}"
+                axes[-1].plot(curves[f"{variant}_{source}", "auc_of_weights"], style, color=color, label=label)
+    axes[-1].axhline(0.5, color="0.5", lw=0.8)
+    axes[-1].set_ylabel("AUC")
+    axes[-1].set_title("chance that a true negative weighs more than a false one", fontsize=9)
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8)
     return figure
 
 

@@ -159,6 +159,7 @@ def test_a_family_is_trained_and_read_back(stage: Stage[Params]) -> None:
     assert sorted(path.name for path in (stage.runs_dir / "baselines" / "weak_pool").iterdir()) == [
         "denoised_strong",
         "oracle_strong",
+        "oracle_weak",
         "pu_strong",
     ]
     (members,) = member_groups(stage.params)
