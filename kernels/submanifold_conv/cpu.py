@@ -30,7 +30,7 @@ from .rulebook import Rulebook
 _MANY_NEIGHBORS = 0.35
 
 # Numbers gathered at a time: enough rows for an efficient product, few enough to stay in the cache.
-_GATHERED = 2**20
+_GATHERED = 2**21
 _FEWEST_ROWS, _MOST_ROWS = 256, 4096
 
 

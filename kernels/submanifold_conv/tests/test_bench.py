@@ -22,7 +22,7 @@ def test_rows_are_written_with_their_summary(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(bench.bench, "threads", nullcontext)
     bench.main(["--device", "cpu"])
     written = json.loads((tmp_path / "results" / "cpu.json").read_text())
-    assert len(written["rows"]) == (2 * 2 + 1) * 2 * 3
+    assert len(written["rows"]) == (2 + 1 + 1) * 2 * 3
     assert {row["active_voxels"] for row in written["rows"]} == {64, 8, 6, 16}
     assert all(row["milliseconds"] > 0 for row in written["rows"])
     assert DENSE not in {row["implementation"] for row in written["summary"]}
