@@ -16,9 +16,8 @@ from .. import data
 from ..config import VARIANTS, Params
 from ..data import SUPERVISED, prepare
 from ..evaluate import evaluate
-from ..model import build_model
 from ..tokens import load_tokenizer
-from ..train import Predictions, ask, fine_tune, read_predictions, run_folder, task_rows, train, write_predictions
+from ..train import Predictions, read_predictions, run_folder, task_rows, train, write_predictions
 from .helpers import FOLDER, SECTIONS
 
 MODELS = ["heavy", "light", "tabllm", "majority", "xgboost"]
@@ -84,27 +83,6 @@ def test_a_finished_model_is_not_trained_again_and_seeds_give_the_same(stage: St
     for key, each in read_predictions(path)[0].items():
         for way, probabilities in each.probabilities.items():
             assert np.array_equal(predictions[key].probabilities[way], probabilities)
-
-
-def test_a_model_can_learn_to_answer(stage: Stage[Params]) -> None:
-    """Training rows of one table, until it answers in the right form, and with the classes that it was shown."""
-    params = stage.params
-    tokenizer = load_tokenizer(params.language, stage.data_dir / "tokenizer.json")
-    task = data.load(stage.data_dir).pool(SUPERVISED)[-1]
-    part = task.parts[SUPERVISED]
-    # Asked about the rows that it is trained on.
-    split = type(part.split)(part.split.train[:8], part.split.train[:8])
-    targets = {kind: values[:8] for kind, values in part.targets.items()}
-    task = type(task)(
-        task.table, task.classes, task.pool, task.family, {SUPERVISED: type(part)(split, targets)}, task.reference
-    )
-    network = build_model(params.language.model_copy(update={"hidden_size": 48, "num_layers": 2}), tokenizer.vocab_size)
-    settings = params.training.model_copy(update={"epochs": 80, "learning_rate": 5e-3})
-    fine_tune(network, task, SUPERVISED, VARIANTS["light_noaug"], params, tokenizer, 0, settings)
-    found = ask(network, task, SUPERVISED, VARIANTS["light_noaug"], params, tokenizer, 0)
-    labels = task.classes.labels[split.test]
-    assert (found.classes["greedy"] == labels).mean() >= 0.8
-    assert (found.classes["scored"] == labels).mean() >= 0.8
 
 
 def test_prompts_of_the_test_rows_carry_no_answer(stage: Stage[Params]) -> None:
