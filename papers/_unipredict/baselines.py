@@ -123,7 +123,11 @@ def _predict(
         inputs, test_inputs = tree_inputs(table, rows, test_rows)
         return fit_predict_proba(make_trees(**options), inputs, truth, test_inputs, num_classes)
     if model == "ft_transformer":
-        return _ft_transformer(table, truth, num_classes, rows, test_rows, settings, options, seed)
+        seen, renumbered = np.unique(truth, return_inverse=True)
+        probabilities = np.zeros((len(test_rows), num_classes))
+        found = _ft_transformer(table, renumbered, len(seen), rows, test_rows, settings, options, seed)
+        probabilities[:, seen] = found
+        return probabilities
     encoder = baseline_encoder(table, max_categories=MAX_CATEGORIES)
     inputs = encoder.fit_transform(feature_frame(table, rows))
     test_inputs = encoder.transform(feature_frame(table, test_rows))

@@ -2,7 +2,7 @@
 
 `described` tables lie in `$REPRISE_DATA/unipredict/` as `shared.data.tabular.load_tables` documents: metadata.json and
 tables/*.csv.gz, 118 real tables of which 76 (500 rows and more) are for the joint training and 42 are held out.
-`embedded` ones are scikit-learn's (two for the joint training, three held out) and those of `structural.py`.
+`embedded` ones are scikit-learn's (one for the joint training, three held out) and those of `structural.py`.
 
 For every table: classes (quartiles of a numeric target), splits, and the probabilities of a calibrated XGBoost on the
 training part of each split. `reference` is what the published evaluation takes for the truth: the same trees, fitted on
@@ -139,10 +139,6 @@ def embedded_tables() -> Iterator[tuple[Table, Pool, str]]:
 
     about = {
         "breast_cancer": ("supervised", "Measurements of cell nuclei in images of breast masses."),
-        "digits": (
-            "supervised",
-            "Handwritten digits as images of 8 by 8 pixels, whose columns are named by row and place.",
-        ),
         "iris": ("few_shot", "Measurements of flowers of three species of iris."),
         "wine": ("few_shot", "Chemical analysis of wines of three cultivars from one region of Italy."),
         "diabetes": (
@@ -154,7 +150,7 @@ def embedded_tables() -> Iterator[tuple[Table, Pool, str]]:
         loaded = getattr(datasets, f"load_{name}")(as_frame=True)
         frame = loaded.data.copy()
         names = getattr(loaded, "target_names", None)
-        frame["target"] = loaded.target if names is None or name == "digits" else np.asarray(names)[loaded.target]
+        frame["target"] = loaded.target if names is None else np.asarray(names)[loaded.target]
         kinds = {"target": "numeric" if name == "diabetes" else "categorical"}
         yield make_table(frame, "target", name=f"sklearn__{name}", description=description, kinds=kinds), pool, "real"
 

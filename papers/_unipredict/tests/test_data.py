@@ -96,7 +96,6 @@ def test_scikit_learns_tables() -> None:
     tables = {table.name: (table, pool) for table, pool, _ in embedded_tables()}
     assert {name: pool for name, (_, pool) in tables.items()} == {
         "sklearn__breast_cancer": "supervised",
-        "sklearn__digits": "supervised",
         "sklearn__iris": "few_shot",
         "sklearn__wine": "few_shot",
         "sklearn__diabetes": "few_shot",

@@ -39,7 +39,7 @@ def test_stages_are_the_families() -> None:
 def test_checks_name_what_the_profile_measures(profile: str, ledger: Paper) -> None:
     params = params_of(profile)
     ways = {f"{model}_{way}" for model in params.language_models() for way in ("sampled", "scored")}
-    supervised, few_shot = {*params.models, *ways}, set(params.few_shot.models)
+    supervised, few_shot = {*params.models, *ways}, {*params.few_shot.models, *ways}
     known = {
         "supervised": supervised,
         "few_shot": few_shot,
