@@ -9,14 +9,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "true")
+# Here and not in a fixture: those of a module or session run before any of a test.
+os.environ["REPRISE_TRACKING"] = "off"
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def _isolated_tracking(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests track nothing, and those that do so on purpose never touch the repository's own store."""
-    monkeypatch.setenv("REPRISE_TRACKING", "off")
+    """Tests that track on purpose never touch the repository's own store."""
     monkeypatch.setenv("REPRISE_SPOOL", str(tmp_path_factory.mktemp("spool")))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 

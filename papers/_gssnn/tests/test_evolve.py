@@ -30,7 +30,6 @@ def ignore(fraction: float, text: str) -> None:
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage[Params]:
     """The profile tiny, with trainings that are over at once: the more edges the better, up to the fourth."""
-    monkeypatch.setenv("REPRISE_TRACKING", "off")
     params = load_params(FOLDER / "params.yaml", Params, "tiny")[1]
     changes = {"iterations": 2, "budget": 300_000}
     evolution = params.evolution.model_copy(update=changes)  # type: ignore[union-attr]

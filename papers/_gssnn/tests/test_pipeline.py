@@ -36,9 +36,7 @@ def run(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRISE_TRACKING", "off")
-        return run(tmp_path_factory.mktemp("pipeline") / "paper")
+    return run(tmp_path_factory.mktemp("pipeline") / "paper")
 
 
 def test_scores_of_the_pipeline(results: Path) -> None:

@@ -98,8 +98,7 @@ def test_every_seed_of_rant_gcn_has_groups_of_its_own() -> None:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage[Params]:
-    monkeypatch.setenv("REPRISE_TRACKING", "off")
+def stage(tmp_path: Path) -> Stage[Params]:
     for name in ("params.yaml", "model.py", "baselines.py", "train.py"):
         (tmp_path / name).write_text((FOLDER / name).read_text(encoding="utf-8"), encoding="utf-8")
     params = tiny()
