@@ -48,7 +48,7 @@ clean:
 # Resolve all dependencies anew and pin what was found; commit the result together with results that still reproduce.
 constraints:
 	rm -rf .venv && $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -e '.[dev,bench]'
+	.venv/bin/python -m pip install --quiet -e '.[dev,bench,unipredict]'
 	( echo "# Every direct and transitive dependency, at the versions that the committed results were made with ('make constraints')."; \
 	  .venv/bin/python -m pip list --format=freeze --exclude-editable | grep -v '^pip=' | sed 's/+cpu$$//' ) > constraints.txt
 

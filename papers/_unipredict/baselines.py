@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from shared.training import Moment, TrainingSettings, fit
 
 from .augment import make_trees, tree_inputs
 from .config import BaselineSettings
+
+if TYPE_CHECKING:
+    from sklearn.compose import ColumnTransformer
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -122,23 +125,21 @@ def _predict(
     if model == "xgboost":
         inputs, test_inputs = tree_inputs(table, rows, test_rows)
         return fit_predict_proba(make_trees(**options), inputs, truth, test_inputs, num_classes)
-    if model == "ft_transformer":
-        seen, renumbered = np.unique(truth, return_inverse=True)
-        probabilities = np.zeros((len(test_rows), num_classes))
-        found = _ft_transformer(table, renumbered, len(seen), rows, test_rows, settings, options, seed)
-        probabilities[:, seen] = found
-        return probabilities
-    encoder = baseline_encoder(table, max_categories=MAX_CATEGORIES)
+    categories = "ordinal" if model == "ft_transformer" else "one_hot"
+    encoder = baseline_encoder(table, categories=categories, max_categories=MAX_CATEGORIES)
     inputs = encoder.fit_transform(feature_frame(table, rows))
     test_inputs = encoder.transform(feature_frame(table, test_rows))
     with warnings.catch_warnings():
         # Iterations are a budget here, and TabNet runs all of its epochs on purpose.
         warnings.filterwarnings("ignore", category=UserWarning)
-        return fit_predict_proba(_estimator(model, settings, options, seed), inputs, truth, test_inputs, num_classes)
+        estimator = _estimator(model, encoder, settings, options, seed)
+        return fit_predict_proba(estimator, inputs, truth, test_inputs, num_classes)
 
 
-def _estimator(model: str, settings: BaselineSettings, options: Options, seed: int) -> Any:
+def _estimator(model: str, encoder: ColumnTransformer, settings: BaselineSettings, options: Options, seed: int) -> Any:
     """An unfitted classifier with scikit-learn's interface; `UserError` for a package that is not installed."""
+    if model == "ft_transformer":
+        return _FTTransformer(encoder, settings.ft_transformer_epochs, options, seed)
     if model == "logistic_regression":
         from sklearn.linear_model import LogisticRegression
 
@@ -198,61 +199,62 @@ def batch_size_without_remainder_of_one(num_rows: int, wanted: int) -> int:
 # --- FT-Transformer ---------------------------------------------------------------------------------------------------
 
 
-def _ft_transformer(
-    table: Table,
-    truth: Ints,
-    num_classes: int,
-    rows: Ints,
-    test_rows: Ints,
-    settings: BaselineSettings,
-    options: Options,
-    seed: int,
-) -> Array:
-    """FT-Transformer of its authors' package on numbers and embedded categories, trained by AdamW."""
-    try:
+class _FTTransformer:
+    """FT-Transformer of its authors' package, on numbers and embedded categories, with scikit-learn's interface."""
+
+    def __init__(self, encoder: ColumnTransformer, epochs: int, options: Options, seed: int) -> None:
+        try:
+            import rtdl_revisiting_models  # noqa: F401
+        except ImportError:
+            raise UserError(
+                f"FT-Transformer needs rtdl_revisiting_models: {INSTALL.format('ft_transformer')}"
+            ) from None
+        self.block = encoder.output_indices_["categories"]
+        self.sizes = category_sizes(encoder) if self.block.stop > self.block.start else []
+        self.epochs, self.options, self.seed = epochs, options, seed
+
+    def fit(self, inputs: Array, labels: Ints) -> _FTTransformer:
         from rtdl_revisiting_models import FTTransformer
-    except ImportError:
-        raise UserError(f"FT-Transformer needs rtdl_revisiting_models: {INSTALL.format('ft_transformer')}") from None
-    encoder = baseline_encoder(table, categories="ordinal", max_categories=MAX_CATEGORIES)
-    encoder.fit(feature_frame(table, rows))
-    block = encoder.output_indices_["categories"]
-    sizes = category_sizes(encoder) if block.stop > block.start else []
 
-    def tensors(chosen: Ints) -> tuple[Tensor, Tensor]:
-        inputs = torch.from_numpy(encoder.transform(feature_frame(table, chosen)))
-        numbers = torch.cat([inputs[:, : block.start], inputs[:, block.stop :]], dim=1)
-        return numbers.float(), inputs[:, block].long()
-
-    numbers, categories = tensors(rows)
-    dropout = options.get("dropout", 0.1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = FTTransformer(
-            n_cont_features=numbers.shape[1],
-            cat_cardinalities=sizes,
-            d_out=num_classes,
-            n_blocks=options.get("num_blocks", 2),
-            d_block=64,
-            attention_n_heads=4,
-            attention_dropout=dropout,
-            ffn_d_hidden=None,
-            ffn_d_hidden_multiplier=4 / 3,
-            ffn_dropout=dropout,
-            residual_dropout=0.0,
+        numbers, categories = self._tensors(inputs)
+        dropout = self.options.get("dropout", 0.1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.network = FTTransformer(
+                n_cont_features=numbers.shape[1],
+                cat_cardinalities=self.sizes,
+                d_out=int(labels.max()) + 1,
+                n_blocks=self.options.get("num_blocks", 2),
+                d_block=64,
+                attention_n_heads=4,
+                attention_dropout=dropout,
+                ffn_d_hidden=None,
+                ffn_d_hidden_multiplier=4 / 3,
+                ffn_dropout=dropout,
+                residual_dropout=0.0,
+            )
+        training = TrainingSettings(
+            epochs=self.epochs,
+            batch_size=FT_BATCH,
+            learning_rate=self.options.get("learning_rate", 1e-3),
+            weight_decay=1e-5,
+            optimizer="adamw",
         )
-    training = TrainingSettings(
-        epochs=settings.ft_transformer_epochs,
-        batch_size=FT_BATCH,
-        learning_rate=options.get("learning_rate", 1e-3),
-        weight_decay=1e-5,
-        optimizer="adamw",
-    )
-    data = TensorDataset(numbers, categories, torch.from_numpy(truth))
-    with tempfile.TemporaryDirectory() as folder:
-        fit(network, data, _cross_entropy, training, directory=Path(folder), seed=seed)
-    network.cpu().eval()
-    with torch.no_grad():
-        return _logits(network, *tensors(test_rows)).softmax(-1).double().numpy()
+        data = TensorDataset(numbers, categories, torch.from_numpy(labels))
+        with tempfile.TemporaryDirectory() as folder:
+            fit(self.network, data, _cross_entropy, training, directory=Path(folder), seed=self.seed)
+        self.network.cpu().eval()
+        return self
+
+    @torch.no_grad()
+    def predict_proba(self, inputs: Array) -> Array:
+        return _logits(self.network, *self._tensors(inputs)).softmax(-1).double().numpy()
+
+    def _tensors(self, inputs: Array) -> tuple[Tensor, Tensor]:
+        """Numbers [rows, n] and codes of categories [rows, m]."""
+        block, values = self.block, torch.from_numpy(inputs)
+        numbers = torch.cat([values[:, : block.start], values[:, block.stop :]], dim=1)
+        return numbers.float(), values[:, block].long()
 
 
 def _logits(network: nn.Module, numbers: Tensor, categories: Tensor) -> Tensor:
