@@ -158,7 +158,6 @@ class Pooling(Strict):
     strong: Literal["rm3", "lsa_mix"] = "lsa_mix"
     lsa_dimensions: PositiveInt = 200
     mix_weight: float = Field(0.5, ge=0, le=1, description="of the latent semantic score in 'lsa_mix'")
-    feedback_weight: float = Field(0.7, ge=0, le=1, description="of the query's own words in 'rm3'")
     folds: int = Field(5, ge=2, description="of queries; every fold but one is trained on")
     tested_folds: PositiveInt | None = Field(None, description="by default all")
 

@@ -189,10 +189,7 @@ def retrieve(
     latent = LatentSemanticIndex(texts, dimensions, seed, stem=stem, remove_stopwords=stem)
     wide = max(depth, MIX_DEPTH)
     bm25, dense = index.search(queries, wide), latent.search(queries, wide)
-    if pooling.strong == "rm3":
-        strong = rm3(index, queries, depth, weight=pooling.feedback_weight)
-    else:
-        strong = mix(bm25, dense, pooling.mix_weight, depth)
+    strong = rm3(index, queries, depth) if pooling.strong == "rm3" else mix(bm25, dense, pooling.mix_weight, depth)
     weak = coordination_match(index, queries, depth, seed=seed)
     lists = {"weak": weak, "bm25": bm25, "strong": strong, "dense": dense}
     retrieved = {name: each.documents[:, :depth] for name, each in lists.items()}

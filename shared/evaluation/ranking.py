@@ -25,6 +25,8 @@ PLACES = 1_000_000
 CHUNK = 2_000_000
 # Sets of signs up to 2^16 are enumerated.
 MAX_ENUMERATED = 16
+# Decimals of the sums of differences that are compared.
+ROUNDED = 9
 
 
 def ranking_metrics(
@@ -75,23 +77,6 @@ def ranking_metrics(
     return pd.DataFrame(values).rename_axis("query")
 
 
-def area_under_curve(scores: ArrayLike, positive: ArrayLike) -> float:
-    """The area under the ROC curve: how often a positive has the greater score than a negative, ties counting half.
-
-    `scores` and `positive` are of one shape. `UserError` where all are positive or none is: then it is not defined.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    scores, positive = np.asarray(scores).ravel(), np.asarray(positive, dtype=bool).ravel()
-    if scores.shape != positive.shape:
-        raise UserError(f"there are {scores.size} scores but {positive.size} labels")
-    if positive.all() or not positive.any():
-        raise UserError(
-            f"the area under the curve needs positives and negatives: {positive.sum()} of {positive.size} are positive"
-        )
-    return float(roc_auc_score(positive, scores))
-
-
 def paired_permutation_test(differences: ArrayLike, *, num_permutations: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of a mean difference over queries, by changing signs (Fisher; Smucker et al. 2007).
 
@@ -99,22 +84,25 @@ def paired_permutation_test(differences: ArrayLike, *, num_permutations: int = 1
     what is permuted is the query. The p-value is the share of sign changes whose mean is as far from 0 as the one
     observed; all 2^Q of them up to Q = 16, else `num_permutations` drawn ones and the observed one.
     """
+    from scipy.stats import permutation_test
+
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
         raise UserError(f"differences must be finite, [Q] or [seeds, Q], with at least two queries, not {values.shape}")
     values = values.mean(axis=0) if values.ndim == 2 else values
     size = len(values)
-    # Sums that are equal but for rounding count as equal.
-    bound = abs(values.sum()) - 1e-9 * np.abs(values).sum()
-    if size <= MAX_ENUMERATED:
-        bits = np.arange(1 << size)[:, None] >> np.arange(size) & 1
-        return float((np.abs((1 - 2 * bits) @ values) >= bound).mean())
-    generator = np.random.default_rng(seed)
-    extreme = 1
-    for start in range(0, num_permutations, rows := max(1, CHUNK // size)):
-        signs = generator.integers(0, 2, (min(rows, num_permutations - start), size), dtype=np.int8)
-        extreme += int((np.abs((1 - 2 * signs) @ values) >= bound).sum())
-    return extreme / (num_permutations + 1)
+    result = permutation_test(
+        (values,),
+        # Rounded, so that sums which are equal but for rounding count as equal.
+        lambda changed, axis: np.abs(changed.sum(axis=axis)).round(ROUNDED),
+        permutation_type="samples",
+        vectorized=True,
+        alternative="greater",
+        n_resamples=1 << size if size <= MAX_ENUMERATED else num_permutations,
+        batch=max(1, CHUNK // size),
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
 
 
 def _measure(name: str, gains: Gains) -> Any:

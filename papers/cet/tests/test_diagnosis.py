@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from shared.evaluation.ranking import area_under_curve
+from sklearn.metrics import roc_auc_score
 
 from ..config import Variant
 from ..diagnosis import Diagnosis, auc, correlation, score_slots
@@ -17,10 +16,10 @@ from ..model import KernelNetwork, Models
 from .test_sampling import prepared
 
 
-def test_auc_against_the_shared_one() -> None:
+def test_auc_against_scikit_learn() -> None:
     generator = np.random.default_rng(0)
     scores, positive = generator.integers(6, size=200).astype(float), generator.random(200) < 0.3
-    assert auc(scores[positive], scores[~positive]) == pytest.approx(area_under_curve(scores, positive))
+    assert auc(scores[positive], scores[~positive]) == pytest.approx(roc_auc_score(positive, scores))
     assert auc(np.ones(3), np.ones(4)) == 0.5
     assert auc(np.array([2.0, 1.0]), np.array([1.0, 0.0])) == pytest.approx(3.5 / 4)
     assert math.isnan(auc(np.array([]), np.ones(2)))

@@ -109,13 +109,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Stage[Params]:
     folder = tmp_path_factory.mktemp("pipeline")
     for path in (*FOLDER.glob("*.py"), *FOLDER.glob("*.yaml")):
         (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRISE_TRACKING", "off")
-        stage = Stage(folder, "evaluate", "tiny", tiny())
-        data.prepare(stage)
-        for family in FAMILIES:
-            train(replace(stage, name="train", model=family))
-        evaluate(stage)
+    stage = Stage(folder, "evaluate", "tiny", tiny())
+    data.prepare(stage)
+    for family in FAMILIES:
+        train(replace(stage, name="train", model=family))
+    evaluate(stage)
     return stage
 
 

@@ -129,7 +129,6 @@ def msmarco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The official layout: seven passages, five training queries, three for testing, and a tiny BERT on disk."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    monkeypatch.setenv("REPRISE_TRACKING", "off")
     monkeypatch.setenv("REPRISE_DATA", str(tmp_path / "official"))
     folder = tmp_path / "official" / "msmarco"
     folder.mkdir(parents=True)

@@ -146,8 +146,7 @@ def test_what_a_first_ranker_scores_above_the_label_is_dropped() -> None:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage[Params]:
-    monkeypatch.setenv("REPRISE_TRACKING", "off")
+def stage(tmp_path: Path) -> Stage[Params]:
     for path in (*FOLDER.glob("*.py"), FOLDER / "params.yaml"):
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     return Stage(tmp_path, "train", "tiny", tiny(), "baselines")

@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 
 from shared.config import UserError
 from shared.evaluation import ranking
-from shared.evaluation.ranking import area_under_curve, paired_permutation_test, ranking_metrics
+from shared.evaluation.ranking import paired_permutation_test, ranking_metrics
 
 EVERYTHING = ("ndcg", "ndcg@3", "ndcg@10", "mrr", "mrr@3", "mrr@10", "map", "map@5", "recall@5", "precision@5")
 
@@ -122,15 +122,6 @@ def test_edges() -> None:
 def test_what_is_no_ranking_is_refused(documents: Any, grades: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ranking_metrics(documents, csr_array(grades), **options)
-
-
-def test_area_under_the_curve_counts_pairs() -> None:
-    scores, positive = [0.1, 0.4, 0.4, 0.9], [False, True, False, True]
-    assert area_under_curve(scores, positive) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
-    with pytest.raises(UserError, match="0 of 4 are positive"):
-        area_under_curve(scores, [False] * 4)
-    with pytest.raises(UserError, match="4 scores but 2 labels"):
-        area_under_curve(scores, [True, False])
 
 
 def test_sign_changes_of_few_queries_are_enumerated() -> None:
