@@ -135,6 +135,19 @@ def paired_effect_size(differences: ArrayLike) -> float:
     return _standardized(values.mean(), values.std(ddof=1))
 
 
+def benjamini_hochberg(p_values: ArrayLike) -> Array:
+    """P-values adjusted for the false discovery rate (Benjamini and Hochberg 1995), in the order given.
+
+    Below a level of α lie those that are significant while at most α of such findings are expected to be false.
+    """
+    from scipy.stats import false_discovery_control
+
+    values = np.asarray(p_values, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"the adjustment needs p-values between 0 and 1, in one row (given: {p_values})")
+    return false_discovery_control(values, method="bh")
+
+
 def seed_summary(values: ArrayLike) -> SeedSummary:
     """Mean, standard deviation, minimum, maximum and count of the values of several seeds."""
     array = np.asarray(values, dtype=float).ravel()

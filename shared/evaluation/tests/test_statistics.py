@@ -8,6 +8,7 @@ from scipy import stats
 
 from shared.evaluation.statistics import (
     Interval,
+    benjamini_hochberg,
     bootstrap_interval,
     cohens_d,
     paired_bootstrap,
@@ -168,3 +169,25 @@ def test_seed_summary_by_hand() -> None:
     assert math.isnan(seed_summary([1.0]).sd)
     with pytest.raises(ValueError, match="no values"):
         seed_summary([])
+
+
+def test_benjamini_hochberg_by_hand() -> None:
+    # p (3 / rank) from the largest down: 0.04 · 3/3, then min(0.04, 0.03 · 3/2), then min(0.04, 0.005 · 3).
+    assert benjamini_hochberg([0.03, 0.005, 0.04]) == pytest.approx([0.04, 0.015, 0.04])
+    assert benjamini_hochberg([0.2]) == pytest.approx([0.2])
+
+
+def test_benjamini_hochberg_is_the_smallest_level_of_the_step_up_procedure() -> None:
+    p_values = np.random.default_rng(11).uniform(size=9) ** 2
+    adjusted = benjamini_hochberg(p_values)
+    for alpha in np.linspace(0.01, 0.99, 99):
+        # The definition: reject the k smallest, k the largest rank with p_(k) <= α k / m.
+        below = np.sort(p_values) <= alpha * np.arange(1, 10) / 9
+        rejected = below.nonzero()[0].max(initial=-1) + 1
+        assert set(np.argsort(p_values)[:rejected]) == set((adjusted <= alpha).nonzero()[0])
+
+
+@pytest.mark.parametrize("p_values", [[0.5, 1.2], [math.nan], [], [[0.1]]])
+def test_benjamini_hochberg_refuses(p_values: list) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        benjamini_hochberg(p_values)
