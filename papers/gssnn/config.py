@@ -134,9 +134,11 @@ class Evolution(Strict):
 
 
 class SpeedSettings(Strict):
-    """How many networks at once a training step is timed with, beside one."""
+    """How many networks at once a training step is timed with, beside one, and how many programs a search."""
 
     networks: tuple[PositiveInt, ...] = Field(min_length=1)
+    programs: tuple[PositiveInt, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    programs_compared: PositiveInt = Field(100_000, description="up to which the plain version runs as well")
     rounds: int = Field(3, ge=3)
 
 

@@ -27,7 +27,7 @@ from .baselines import CONTROLS, fit_predict
 from .config import OF_GRAPHS, Params
 from .evolve import load as load_evolution
 from .evolve import stored_programs
-from .speed import step_times
+from .speed import search_rates, step_times
 from .symbolic.interpreter import Graph
 from .train import load_graphs, results
 
@@ -57,8 +57,8 @@ def evaluate(stage: Stage[Params]) -> None:
     if stage.params.speed is not None:
         torch.set_num_threads(stage.params.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        costs = pd.DataFrame(step_times(stage.params.speed, stage.params, graphs, device))
-        write_scores(stage.results_dir / "costs.csv", costs)
+        costs = [*step_times(stage.params.speed, stage.params, graphs, device), *search_rates(stage.params.speed)]
+        write_scores(stage.results_dir / "costs.csv", pd.DataFrame(costs))
     write_metrics(stage, frame, puzzles.source)
     paths = figures.draw(stage, frame, graphs)
     if stage.run:

@@ -6,14 +6,15 @@ which grows the library, and explores until the population is full again. The fi
 with the ten primitives. After the last iteration's exploration the newest programs are not trained, as in the official
 run.
 
-The state is written after every phase, and every training keeps its own, so that an evolution that was stopped goes on
-in the middle of an iteration. Each seed evolves by itself, on the training set of its number.
+The state is written after every phase, and every training and exploration keeps its own, so that an evolution that was
+stopped goes on in the middle of an iteration. Each seed evolves by itself, on the training set of its number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from .symbolic.terms import Term, inline, mass, parse, size
 from .train import TRAINING_CODE, train_tracked
 
 PHASES = ("train", "select", "explore")
+# An exploration writes how far it is once in so many seconds.
+CHECKPOINT_SECONDS = 5.0
 
 
 def evolve(stage: Stage[Params]) -> None:
@@ -124,7 +127,7 @@ def evolve_one(stage: Stage[Params], settings: Evolution, seed: int, report: Rep
     state = _resumed(path, identity)
     if state is None:
         library = Library.initial()
-        found = search.explore(library, [], capacity=settings.capacity, budget=settings.budget)
+        found = explore_resumably(path, f"{identity} 0", library, [], settings)
         state = State(1, "train", library, [one.program for one in found.found], [], [], [])
         state.history.append(summary(state, found, added=0) | {"iteration": 0})
         write_json(path, {"identity": identity, **state.to_json()})
@@ -138,7 +141,7 @@ def evolve_one(stage: Stage[Params], settings: Evolution, seed: int, report: Rep
             select(state, settings)
             state.phase = "explore"
         else:
-            explore(state, settings)
+            explore(state, settings, path, identity)
             state.iteration, state.phase = state.iteration + 1, "train"
         write_json(path, {"identity": identity, **state.to_json()})
 
@@ -188,17 +191,37 @@ def select(state: State, settings: Evolution) -> None:
     state.accuracies = [state.accuracies[i] for i in kept]
 
 
-def explore(state: State, settings: Evolution) -> None:
+def explore(state: State, settings: Evolution, path: Path, identity: str) -> None:
     """Compress the survivors, estimate how probable primitives are from them, and fill the population up."""
     before = len(state.library)
     state.library, survivors, _ = compression.compress(
         state.population, state.library, abstractions=settings.abstractions, max_arity=settings.max_arity
     )
     state.library = estimate_weights(state.library, survivors)
-    found = search.explore(state.library, survivors, capacity=settings.capacity, budget=settings.budget)
+    found = explore_resumably(path, f"{identity} {state.iteration}", state.library, survivors, settings)
     state.population, state.accuracies = [one.program for one in found.found], []
     added = len(state.library) - before
     state.history.append(summary(state, found, added) | {"iteration": state.iteration})
+
+
+def explore_resumably(
+    path: Path, identity: str, library: Library, known: Sequence[Term], settings: Evolution
+) -> search.Exploration:
+    """Search, or go on where the search of that identity was stopped; how far it is lies beside the evolution."""
+    path = path.with_suffix(".exploration.json")
+    record = _record(path, identity)
+    written = time.monotonic()
+
+    def checkpoint(found: search.Exploration) -> None:
+        nonlocal written
+        if time.monotonic() - written >= CHECKPOINT_SECONDS:
+            write_json(path, {"identity": identity, **found.to_json()})
+            written = time.monotonic()
+
+    limits = {"capacity": settings.capacity, "budget": settings.budget}
+    found = search.explore(library, known, **limits, resume=record, checkpoint=checkpoint)
+    path.unlink(missing_ok=True)
+    return found
 
 
 def summary(state: State, found: search.Exploration, added: int) -> dict[str, Any]:
@@ -255,8 +278,14 @@ def _symbolic_code(folder: Path) -> list[str]:
 
 
 def _resumed(path: Path, identity: str) -> State | None:
+    record = _record(path, identity)
+    return None if record is None else State.from_json(record)
+
+
+def _record(path: Path, identity: str) -> dict[str, Any] | None:
+    """What was written there, if it is of that identity."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return State.from_json(record) if record.pop("identity", None) == identity else None
+    return record if record.pop("identity", None) == identity else None

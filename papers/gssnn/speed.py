@@ -1,4 +1,4 @@
-"""How long a training step takes, networks one at a time and many in one batched computation; measured in turns."""
+"""What training and search cost: networks one at a time and many at once; programs one by one and in blocks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kernels.bench import rounds
 from .config import Params, SpeedSettings
 from .learn import PlateauAdam
 from .model import Ensemble, build_model, graph_tensors
+from .symbolic.bench import search_speed
 from .symbolic.interpreter import Graph
 
 
@@ -35,6 +36,15 @@ def step_times(
                 row = {"model": kind, "dataset": "speed", "seed": number, "networks": int(name)}
                 yield row | {"metric": "milliseconds", "value": 1000 * duration / int(name)}
                 yield row | {"metric": "speedup", "value": int(name) * seconds["1"] / duration}
+
+
+def search_rates(settings: SpeedSettings) -> Iterator[dict[str, Any]]:
+    """Rows of costs: programs enumerated and run per second, with each library, and the ratio to a plain version."""
+    for measured in search_speed(settings.programs, settings.programs_compared, settings.rounds):
+        row = {"model": f"search_{measured['library']}", "dataset": "speed", "programs": measured["programs"]}
+        for metric in ("size", "programs_per_second", "plain_per_second", "ratio"):
+            if metric in measured:
+                yield row | {"seed": 0, "metric": metric, "value": measured[metric]}
 
 
 def _step(params: Params, graphs: list[Graph] | None, count: int, device: torch.device) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""How fast programs are enumerated and run, beside a plain recursive version: `python -m papers.gssnn.symbolic.bench`.
+"""How fast programs are enumerated and run, beside a plain recursive version (`python -m …symbolic.bench` prints it).
 
 The plain version enumerates by recursion over typed holes up to a cost, turns every program into closures, and runs
 them one by one. Both are asked for the same programs, and must agree on the graphs that these build.
@@ -11,9 +11,8 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-
-from shared.config import UserError
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from .interpreter import STEPS, Graph, State, graph_of, keep_graph
 from .library import Library, estimate_weights
@@ -159,30 +158,40 @@ def libraries() -> dict[str, Library]:
     return {"initial": initial, "grown": library, "weighted": weighted}
 
 
+def search_speed(programs: Sequence[int], compared: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Programs per second of each library, the longest program's size, and the ratio to the plain version.
+
+    The plain version runs up to `compared` programs; `programs` are the numbers asked for, whole blocks the answer.
+    """
+    for name, library in libraries().items():
+        for wanted in programs:
+            blocks, high = blocks_of(library, wanted)
+            count = sum(block.count for block in blocks)
+            seconds, graphs = timed(functools.partial(run_in_blocks, library, wanted), repeats)
+            row = {"library": name, "programs": count, "size": max(block.weight.size for block in blocks)}
+            row |= {"programs_per_second": count / seconds}
+            if wanted <= compared:
+                plain_seconds, plain_graphs = timed(functools.partial(run_plainly, library, high), repeats)
+                if plain_graphs != graphs:
+                    raise RuntimeError(f"the two versions build different graphs from the {name} library")
+                row |= {"plain_per_second": count / plain_seconds, "ratio": plain_seconds / seconds}
+            yield row
+
+
 def main() -> None:
-    """Print programs per second by both, and the time a program takes as programs grow."""
+    """Print programs per second by both, and how they change as programs grow."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compared", type=int, default=100_000, help="programs that both versions run")
     parser.add_argument("--most", type=int, default=10_000_000, help="programs up to which only the fast one runs")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the fastest counts")
     options = parser.parse_args()
-    print(f"{'library':<10}{'programs':>12}{'size':>6}{'programs/s':>14}{'plain':>10}{'ratio':>8}{'us/program':>12}")
-    for name, library in libraries().items():
-        programs = 1_000
-        while programs <= options.most:
-            blocks, high = blocks_of(library, programs)
-            count = sum(block.count for block in blocks)
-            seconds, graphs = timed(functools.partial(run_in_blocks, library, programs), options.repeats)
-            plain = ratio = "-"
-            if programs <= options.compared:
-                plain_seconds, plain_graphs = timed(functools.partial(run_plainly, library, high), options.repeats)
-                if plain_graphs != graphs:
-                    raise UserError(f"the two versions build different graphs from the {name} library; one is wrong")
-                plain, ratio = f"{count / plain_seconds:,.0f}", f"{plain_seconds / seconds:.1f}"
-            size = max(block.weight.size for block in blocks)
-            rate = f"{count / seconds:,.0f}"
-            print(f"{name:<10}{count:>12,}{size:>6}{rate:>14}{plain:>10}{ratio:>8}{1e6 * seconds / count:>12.3f}")
-            programs *= 10
+    print(f"{'library':<10}{'programs':>12}{'size':>6}{'programs/s':>14}{'plain':>10}{'ratio':>8}")
+    programs = [10**power for power in range(3, 1 + round(math.log10(options.most)))]
+    for row in search_speed(programs, options.compared, options.repeats):
+        plain = f"{row['plain_per_second']:,.0f}" if "ratio" in row else "-"
+        ratio = f"{row['ratio']:.1f}" if "ratio" in row else "-"
+        head = f"{row['library']:<10}{row['programs']:>12,}{row['size']:>6}"
+        print(f"{head}{row['programs_per_second']:>14,.0f}{plain:>10}{ratio:>8}")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,37 @@ def test_an_evolution_that_is_stopped_anywhere_ends_in_the_same_state(
     assert final(stage) == whole
 
 
+def test_an_exploration_that_is_stopped_goes_on_where_it_was(
+    stage: Stage[Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, library, path = settings_of(stage), Library.initial(), stage.runs_dir / "seed0.json"
+    whole = loop.explore_resumably(path, "a", library, [], settings)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    written, resumed = loop.write_json, []
+
+    def stops(where: Path, record: Any) -> None:
+        written(where, record)
+        if record["programs"] > (resumed[-1] or 0):
+            raise KeyboardInterrupt
+
+    def explored(*arguments: Any, **options: Any) -> Any:
+        resumed.append(options["resume"] and options["resume"]["programs"])
+        return search(*arguments, **options)
+
+    search = loop.search.explore
+    monkeypatch.setattr(loop.search, "explore", explored)
+    monkeypatch.setattr(loop, "write_json", stops)
+    for identity in ("a", "a", "a", "b"):
+        with pytest.raises(KeyboardInterrupt):
+            loop.explore_resumably(path, identity, library, [], settings)
+    # Each goes further than the last, and another search starts anew.
+    assert resumed[0] is resumed[3] is None
+    assert 0 < resumed[1] < resumed[2]
+    monkeypatch.setattr(loop, "write_json", written)
+    assert loop.explore_resumably(path, "b", library, [], settings) == whole
+    assert not list(stage.runs_dir.glob("*.exploration.json"))
+
+
 def test_another_evolution_is_not_continued(stage: Stage[Params], monkeypatch: pytest.MonkeyPatch) -> None:
     evolve_one(stage, settings_of(stage), 0, ignore)
     before = final(stage)

@@ -18,7 +18,7 @@ from ..data import SUPERVISED, prepare
 from ..evaluate import evaluate
 from ..tokens import load_tokenizer
 from ..train import Predictions, read_predictions, run_folder, task_rows, train, write_predictions
-from .helpers import FOLDER, SECTIONS
+from .helpers import FOLDER, SECTIONS, people
 
 MODELS = ["heavy", "light", "tabllm", "majority", "xgboost"]
 
@@ -107,3 +107,32 @@ def test_predictions_come_back_and_damage_is_told(tmp_path: Path) -> None:
 def test_an_unknown_family(stage: Stage[Params]) -> None:
     with pytest.raises(UserError, match="choose one of heavy, light, tabllm, classical, networks"):
         train(Stage(stage.folder, "train", "tiny", stage.params, "heavier"))
+
+
+def test_a_model_learns_to_answer_for_rows_it_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class follows a number against a threshold: written answers are far above the share of the larger class."""
+    for name in ("model.py", "prompts.py", "tokens.py", "train.py", "baselines.py", "augment.py", "generation.py"):
+        shutil.copy(FOLDER / name, tmp_path / name)
+    section = SECTIONS["tiny"]
+    params = validate(
+        Params,
+        section
+        | {
+            "seeds": [0, 1],
+            "models": ["heavy_noaug", "majority"],
+            "few_shot": section["few_shot"] | {"models": ["majority"]},
+            "data": section["data"] | {"train_rows": 360, "test_rows": 40},
+            "language": section["language"] | {"num_layers": 2, "hidden_size": 48},
+            "training": section["training"] | {"epochs": 12, "batch_size": 2},
+        },
+        "here",
+    )
+    monkeypatch.setattr(data, "read_sources", lambda _: [(people(400), "supervised", "made")])
+    stage = Stage(tmp_path, "train", "tiny", params, "heavy_noaug")
+    prepare(stage)
+    train(stage)
+    task = data.load(stage.data_dir).tasks[0]
+    labels = task.classes.labels[task.parts[SUPERVISED].split.test]
+    predictions, _ = read_predictions(run_folder(stage, "heavy_noaug", 0) / "predictions.npz")
+    answers = predictions[task.name, SUPERVISED].classes["greedy"]
+    assert (answers == labels).mean() > max(np.bincount(labels)) / len(labels) + 0.2
