@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import reprlib
 from collections.abc import Iterator
@@ -69,6 +70,15 @@ class Stage(Generic[ParamsType]):
     def results_dir(self) -> Path:
         """Scores, verdict and figures of this profile, small and kept in git."""
         return self.folder / "results" / self.profile
+
+
+def load_optional(module: str, extra: str) -> Any:
+    """A module of an optional package; `UserError` names the extra of pyproject.toml that brings what is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = (error.name or module).split(".")[0]
+        raise UserError(f"this needs the package {package}: install it by pip install -e '.[{extra}]'") from None
 
 
 def repo_root(start: Path | None = None) -> Path:

@@ -60,7 +60,6 @@ def evaluate(stage: Stage[Params]) -> None:
             costs += [_row(model, f"seconds/{name}", "seconds", seed, each) for name, each in note["seconds"].items()]
     frame = pd.DataFrame(rows)
     derived = [*rank_rows(frame, params), *metadata_gain(frame), *cause_rows(frame, prepared), *transfer_rows(frame)]
-    derived += learned_rows(frame)
     frame = pd.concat([frame, pd.DataFrame([*derived, *median_rows(frame)])], ignore_index=True)
     frame = pd.concat([frame, pd.DataFrame([*comparison_rows(frame)])], ignore_index=True)
     write_scores(stage.results_dir / "scores.csv", frame)
@@ -252,16 +251,6 @@ def metadata_gain(frame: pd.DataFrame) -> Iterator[Row]:
     if {"heavy", "light"} <= set(table):
         for (seed, item), value in (table.heavy - table.light).dropna().items():
             yield _row("heavy", SUPERVISED, "metadata_gain", seed, _short(value)) | {"item": item}
-
-
-def learned_rows(frame: pd.DataFrame) -> Iterator[Row]:
-    """Mean accuracy over tables less that of the majority class, by seed: whether a model has learned its tables."""
-    for dataset in (SUPERVISED, FEW_SHOT):
-        table = accuracies(frame, dataset=dataset)
-        for model in ("heavy", "light"):
-            if {model, "majority"} <= set(table):
-                lead = (table[model] - table.majority).groupby(level="seed").mean()
-                yield from (_row(model, dataset, "accuracy_over_majority", s, _short(v)) for s, v in lead.items())
 
 
 def cause_rows(frame: pd.DataFrame, prepared: Prepared) -> Iterator[Row]:

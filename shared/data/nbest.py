@@ -393,14 +393,17 @@ def _line(file: BinaryIO, path: Path, number: int, max_bytes: int) -> bytes:
 
 def _array(path: Path, first: int, content: bytes, max_bytes: int) -> Iterator[tuple[int, Any]]:
     text = _decoded(path, first, content)
-    place, line, counted = text.index("[") + 1, first, 0
-    separator = re.compile(r"\s*,?\s*")
+    blanks = re.compile(r"\s*")
+
+    def skip(place: int) -> int:
+        return blanks.match(text, place).end()  # type: ignore[union-attr]
+
+    place, line, counted, may_end = skip(text.index("[") + 1), first, 0, True
     while True:
-        place = separator.match(text, place).end()  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, place), place
         if place == len(text):
             raise UserError(f"{path}, line {line}: the array has no end: the file is cut off")
-        if text[place] == "]":
+        if text[place] == "]" and may_end:
             if text[place + 1 :].strip():
                 raise UserError(f"{path}, line {line}: there is more behind the array: {_short(text[place + 1 :])}")
             return
@@ -408,7 +411,12 @@ def _array(path: Path, first: int, content: bytes, max_bytes: int) -> Iterator[t
         if end - place > max_bytes:
             raise UserError(_too_long(path, line, max_bytes))
         yield line, value
-        place = end
+        place = skip(end)
+        may_end = not text.startswith(",", place)
+        if not may_end:
+            place = skip(place + 1)
+        elif place < len(text) and text[place] != "]":
+            raise UserError(f"{path}, line {line}: there is no comma behind an entry, but {_short(text[place:])}")
 
 
 def _parsed(path: Path, line: int, text: str, place: int) -> tuple[Any, int]:

@@ -8,7 +8,6 @@ notes); its operations are those of nibabel, SciPy and MONAI.
 from __future__ import annotations
 
 import gzip
-import importlib
 import math
 import zlib
 from collections.abc import Collection, Iterable, Sequence
@@ -22,10 +21,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from shared.config import UserError
+from shared.config import UserError, load_optional
 from shared.files import atomic_path
 
 Array = NDArray[Any]
+EXTRA = "gynbtnet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +45,6 @@ class Volume:
         return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
 
 
-def _needs(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        raise UserError(f"volumes need the package {package}: install it by pip install -e '.[gynbtnet]'") from None
-
-
 # ------------------------------------------------------------------------------------------------------------ files
 
 
@@ -63,7 +55,7 @@ def read_volume(path: Path, *, spacing: Sequence[float] | None = None, orientati
     file must have. `UserError` for a file that is missing, damaged, of another format, not of three axes, with voxels
     that are not finite, without a valid affine, or of other spacing or orientation.
     """
-    nibabel = _needs("nibabel")
+    nibabel = load_optional("nibabel", EXTRA)
     path = Path(path)
     image, values = _load(nibabel, path)
     affine = np.asarray(image.affine, dtype=np.float64)
@@ -146,7 +138,7 @@ def write_volume(path: Path, volume: Volume) -> None:
 
     Booleans become uint8 and 64-bit integers int32, half-precision numbers float32; other types are kept.
     """
-    nibabel = _needs("nibabel")
+    nibabel = load_optional("nibabel", EXTRA)
     path, values = Path(path), volume.values
     if not path.name.endswith((".nii", ".nii.gz")):
         raise UserError(f"the name of a NIfTI file ends in .nii or .nii.gz (given: {path.name})")
@@ -300,7 +292,7 @@ def augmentation(*, left_right: bool, deformation: bool = True, intensity: bool 
     gamma 0.7-1.5 (`intensity`); mirroring of every axis, of the first only where `left_right` is exchangeable, which it
     is not for organs that lie on one side.
     """
-    monai = _needs("monai.transforms")
+    monai = load_optional("monai.transforms", EXTRA)
 
     def compose(keys: tuple[str, ...]) -> Any:
         modes = ["bilinear", "nearest"][: len(keys)]
@@ -343,7 +335,7 @@ def predict_logits(
     mirrorings of `mirror_axes` (0 to 2). Volumes smaller than the window are padded by their border. The model is in
     evaluation mode meanwhile.
     """
-    inferers = _needs("monai.inferers")
+    inferers = load_optional("monai.inferers", EXTRA)
     if volumes.ndim != 5 or len(window) != 3 or not set(mirror_axes) <= {0, 1, 2} or not 0 <= overlap < 1:
         raise UserError(
             "prediction needs volumes [batch, channels, X, Y, Z], a window of three sides, mirror_axes among 0, 1, 2 "

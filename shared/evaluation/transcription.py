@@ -7,7 +7,7 @@ none.
 
 from __future__ import annotations
 
-import importlib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.config import UserError
+from shared.config import UserError, load_optional
 from shared.evaluation.statistics import Interval, bootstrap_interval
 
 Integers = NDArray[np.int64]
@@ -26,6 +26,9 @@ Unit = Literal["word", "character"]
 
 # What stands for an empty text in the released N-best lists.
 UNKNOWN = "<UNK>"
+EXTRA = "hyporadise"
+# Longer numbers are read digit by digit: Python refuses to read those of thousands of digits, and nobody says them.
+MAX_DIGITS = 15
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,10 @@ def count_errors(references: Sequence[str], hypotheses: Sequence[str], unit: Uni
 
 def edit_distances(references: Sequence[str], nbest: Sequence[Sequence[str]], unit: Unit = "word") -> Integers:
     """Levenshtein distances of all hypotheses to their references, [U, N]; lists must be of equal length."""
-    process, levenshtein = _library("rapidfuzz.process"), _library("rapidfuzz.distance.Levenshtein")
+    process, levenshtein = (
+        load_optional("rapidfuzz.process", EXTRA),
+        load_optional("rapidfuzz.distance.Levenshtein", EXTRA),
+    )
     _check_lists(references, nbest)
     if len({len(hypotheses) for hypotheses in nbest}) > 1:
         raise UserError("lists must all hold as many hypotheses: pad the short ones (shared.data.nbest)")
@@ -176,7 +182,9 @@ def whisper_normalizer(spellings: Mapping[str, str] | None = None) -> Callable[[
     know about `%` becomes "percent". `spellings` maps British spellings to American ones: that table comes with
     Whisper's checkpoints (`normalizer.json`) and not with transformers, so without it spellings stay as they are.
     """
-    english = _library("transformers.models.whisper.english_normalizer").EnglishTextNormalizer(dict(spellings or {}))
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    english = EnglishTextNormalizer(dict(spellings or {}))
 
     def normalize(text: str) -> str:
         spelled = spell_out_digits(english(text).replace("%", " percent "))
@@ -195,65 +203,33 @@ def strip_punctuation(text: str, end_token: str = "</s>") -> str:
 
 
 def spell_out_digits(text: str) -> str:
-    """Each number in digits spelled out; what follows it stays, as in the released lists ("25th": "twenty-fiveth")."""
+    """Each number in digits spelled out; what follows it stays, as in the released lists ("25th": "twenty-fiveth").
+
+    Commas between groups are left out: punctuation, which the normalization has removed before.
+    """
     return re.sub(r"(\d+)(?:\.(\d+))?", _spelled, text, flags=re.ASCII)
 
 
-def spell_out(number: int) -> str:
-    """A whole number of at least 0 in words: "one hundred and five", "two thousand, three hundred and ten".
-
-    Those of more than fifteen digits are read digit by digit.
-    """
-    if number < 0:
-        raise UserError(f"only whole numbers of at least 0 are spelled out, not {number}")
-    if number >= 1000 ** len(_GROUPS):
-        return _digit_by_digit(str(number))
-    if number < 1000:
-        return _spell_below_thousand(number)
-    parts, rest = [], number
-    for place in reversed(range(1, len(_GROUPS))):
-        group, rest = divmod(rest, 1000**place)
-        if group:
-            parts.append(f"{_spell_below_thousand(group)} {_GROUPS[place]}")
-    if rest >= 100:
-        parts.append(_spell_below_thousand(rest))
-    words = ", ".join(parts)
-    return f"{words} and {_spell_below_thousand(rest)}" if 0 < rest < 100 else words
-
-
-_BELOW_TWENTY = (
-    "zero one two three four five six seven eight nine ten "
-    "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-)
-_FROM_TWENTY = "twenty thirty forty fifty sixty seventy eighty ninety"
-_ONES, _TENS = _BELOW_TWENTY.split(), ["", "", *_FROM_TWENTY.split()]
-_GROUPS = ("", "thousand", "million", "billion", "trillion")
-
-
-def _spell_below_thousand(number: int) -> str:
-    hundreds, rest = divmod(number, 100)
-    words = _ONES[rest] if rest < 20 else _TENS[rest // 10] + (f"-{_ONES[rest % 10]}" if rest % 10 else "")
-    if not hundreds:
-        return words
-    return f"{_ONES[hundreds]} hundred" + (f" and {words}" if rest else "")
+def _spelled(found: re.Match[str]) -> str:
+    in_words, (whole, decimals) = _engine().number_to_words, found.groups()
+    words = in_words(int(whole)) if len(whole) <= MAX_DIGITS else _digit_by_digit(whole)
+    words = words.replace(",", "")
+    return f"{words} point {_digit_by_digit(decimals)}" if decimals else words
 
 
 def _digit_by_digit(digits: str) -> str:
-    return " ".join(_ONES[int(digit)] for digit in digits)
+    in_words = _engine().number_to_words
+    return " ".join(in_words(digit) for digit in digits)
 
 
-def _spelled(found: re.Match[str]) -> str:
-    whole, decimals = found.groups()
-    # Python refuses to read numbers of thousands of digits, and nobody says them.
-    spelled = spell_out(int(whole)) if len(whole) <= 15 else _digit_by_digit(whole)
-    # Commas between groups are punctuation, which the normalization has removed before.
-    spelled = spelled.replace(",", "")
-    return f"{spelled} point {_digit_by_digit(decimals)}" if decimals else spelled
+@functools.cache
+def _engine() -> Any:
+    return load_optional("inflect", EXTRA).engine()
 
 
 def _alignments(references: Sequence[str], hypotheses: Sequence[str], unit: Unit) -> list[list[Any]]:
     """jiwer's chunks of each utterance, a run of equal edits each."""
-    jiwer = _library("jiwer")
+    jiwer = load_optional("jiwer", EXTRA)
     _check_texts("references", references)
     _check_texts("hypotheses", hypotheses)
     if len(references) != len(hypotheses):
@@ -305,11 +281,3 @@ def _check_lists(references: Sequence[str], nbest: Sequence[Sequence[str]]) -> N
     for place, hypotheses in enumerate(nbest):
         if isinstance(hypotheses, str) or not hypotheses or not all(isinstance(text, str) for text in hypotheses):
             raise UserError(f"list {place} must hold at least one hypothesis, all of them texts")
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.split(".")[0]
-        raise UserError(f"transcripts need the package {package}: pip install -e '.[hyporadise]'") from None

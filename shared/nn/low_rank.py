@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.config import UserError
+from shared.config import UserError, load_optional
 from shared.training.checkpoint import load_tensors, save_tensors
 
 # Queries, keys, values and output of attention, under the names that they have here and in transformers' Llama and T5.
@@ -24,6 +24,7 @@ ATTENTION_PROJECTIONS = (
     r"|.*\.(SelfAttention|EncDecAttention)\.[qkvo]"
 )
 FORMAT = "low-rank"
+EXTRA = "hyporadise"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def add_low_rank(
     `dropout` acts on what A reads. A is drawn from the current random state (Kaiming's uniform). In place; the model is
     returned. `UserError` where no linear map matches, or where a model has such maps already.
     """
-    peft = _peft()
+    peft = load_optional("peft", EXTRA)
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(f"LoRA needs rank ≥ 1, alpha > 0 and 0 ≤ dropout < 1, not {rank}, {alpha} and {dropout}")
     if _adapted(model):
@@ -133,7 +134,7 @@ def parameter_counts(model: nn.Module) -> ParameterCounts:
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
     """The low-rank maps of a model by name."""
-    layer = _peft().tuners.lora.LoraLayer
+    layer = load_optional("peft", EXTRA).tuners.lora.LoraLayer
     return {name: module for name, module in model.named_modules() if isinstance(module, layer)}
 
 
@@ -150,11 +151,3 @@ def _matrices(adapted: dict[str, Any]) -> dict[str, torch.Tensor]:
         matrices[f"{name}.A"] = module.lora_A["default"].weight
         matrices[f"{name}.B"] = module.lora_B["default"].weight
     return matrices
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("low-rank adaptation needs the package peft: pip install -e '.[hyporadise]'") from None
-    return peft
