@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from shared.config import Stage, read_yaml
-from shared.files import atomic_path
+from shared.evaluation.figures import save_figures
 
 from .analysis import COMPONENTS
 from .config import Params
@@ -51,15 +51,7 @@ def draw(stage: Stage[Params], scores: pd.DataFrame, graphs: Mapping[str, Graph]
     }
     if "evolution" in set(scores.dataset):
         figures["evolution"] = evolution(scores)
-    paths = []
-    for name, figure in figures.items():
-        path = stage.results_dir / f"{name}.png"
-        with atomic_path(path) as temporary:
-            # No software version inside, so that equal runs give equal files.
-            figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-        paths.append(path)
-    return paths
+    return save_figures(stage.results_dir, figures)
 
 
 def reference(folder: Path) -> dict[str, float]:
