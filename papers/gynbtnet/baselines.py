@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared.config import Stage, UserError
+from shared.config import Stage, UserError, load_optional
 
 from .config import BASELINES, Params, SwinSettings
 from .data import CaseSet
@@ -123,8 +123,4 @@ def atlas(cases: CaseSet, num_classes: int) -> NDArray[np.uint8]:
 
 
 def _monai(name: str) -> type[nn.Module]:
-    try:
-        from monai.networks import nets
-    except ImportError:
-        raise UserError("the baselines are MONAI's: install it with pip install -e '.[gynbtnet]'") from None
-    return getattr(nets, name)
+    return getattr(load_optional("monai.networks.nets", "gynbtnet"), name)

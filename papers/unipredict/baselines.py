@@ -36,7 +36,7 @@ Options = Mapping[str, Any]
 
 # Of a column of categories, as inputs of their own; the rest are one more.
 MAX_CATEGORIES = 30
-INSTALL = "install it with: pip install 'reprise[unipredict]', or take {} out of models in params.yaml"
+INSTALL = "install it with: pip install -e '.[unipredict]', or take {} out of models in params.yaml"
 
 # What the random search draws from; trial 0 draws nothing, and is the defaults.
 SEARCH: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import io
 import json
 import re
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +47,8 @@ class WordCorpus:
 def load_words(name: TextName, vocab_size: int) -> WordCorpus:
     """A corpus by name: `python` is at hand anywhere, the others are read from `$REPRISE_DATA`.
 
-    - `python`: the documentation that ships with Python (`help()`), every tenth topic held out.
+    - `python`: the documentation that ships with Python, topics of `help()` and docstrings of the standard library;
+      held out are every tenth topic and every tenth module. Other releases of Python have another text.
     - `children`: eight children's books, child-directed speech and encyclopedia articles; held out are The Jungle
       Book, the transcripts of the oldest twentieth of the children, and the articles of WikiText-2's test set.
     - `agnews`: news of AG News' official test set; rows whose index ends in 0 to 7 to train on, in 9 held out.
@@ -82,8 +86,32 @@ Parts = tuple[list[str], dict[str, list[str]]]
 
 
 def _python() -> Parts:
-    documents = python_text().split("\n\n\n")
-    return [d for i, d in enumerate(documents) if i % 10], {"python": documents[::10]}
+    train, test = [], []
+    for documents in (python_text().split("\n\n\n"), module_docstrings()):
+        train += [document for place, document in enumerate(documents) if place % 10]
+        test += documents[::10]
+    return train, {"python": test}
+
+
+@cache
+def module_docstrings() -> tuple[str, ...]:
+    """All docstrings of each module of the standard library, tests left out, in the order of the modules' paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = []
+    for path in sorted(root.rglob("*.py")):
+        folders = path.relative_to(root).parts[:-1]
+        if not {"site-packages", "dist-packages", "test", "tests", "idle_test"}.isdisjoint(folders):
+            continue
+        # In bytes, so that a module's own declaration of its encoding holds.
+        parts = [
+            docstring
+            for node in ast.walk(ast.parse(path.read_bytes()))
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and (docstring := ast.get_docstring(node))
+        ]
+        if parts:
+            texts.append("\n\n".join(parts))
+    return tuple(texts)
 
 
 def _children() -> Parts:

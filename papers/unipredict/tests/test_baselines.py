@@ -118,5 +118,5 @@ def test_log_loss_by_hand() -> None:
 )
 def test_a_missing_package_is_named(model: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=r"pip install 'reprise\[unipredict\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[unipredict\]'"):
         predict(model)

@@ -230,6 +230,14 @@ def test_sums_are_right_and_mostly_short(lexicon: Lexicon) -> None:
     np.testing.assert_allclose(shares, np.array([5, 4, 3, 2, 1]) / 15, atol=0.04)
 
 
+@pytest.mark.parametrize(("split", "zeros"), [("train", 0.55), ("test", 0.1)])
+def test_one_term_of_a_sum_says_something_in_training_alone(lexicon: Lexicon, split: str, zeros: float) -> None:
+    # 3 + 0 = 3 more often than not: half of the terms are 0 there, beside those that are drawn as 0.
+    documents = generate("sum", 3000, make_stream(0, split), lexicon, split)
+    terms = [word for words in texts(documents, lexicon) for word in words[1:-2:2]]
+    assert np.mean([term == "0" for term in terms]) == pytest.approx(zeros, abs=0.02)
+
+
 def truth(words: list[str]) -> bool:
     """A recursive reader of what the generator makes by columns."""
 
