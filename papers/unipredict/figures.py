@@ -95,7 +95,7 @@ def by_table(scores: pd.DataFrame) -> Figure:
             axes[0].plot(places, table[model], marker, ms=5, color=COLORS[model], label=LABELS[model])
     axes[0].set_ylabel("accuracy, true labels")
     axes[0].set_ylim(0, 1.02)
-    axes[0].legend(fontsize=8, loc="lower right", ncol=3)
+    axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncol=4, frameon=False)
     if {"heavy", "xgboost"} <= set(table):
         difference = table.heavy - table.xgboost
         axes[1].bar(places, difference, 0.85, color=np.where(difference >= 0, COLORS["heavy"], COLORS["xgboost"]))
