@@ -35,7 +35,7 @@ MODELS = {
     "gynbtnet": ("GynBTNet, 1 → 2 → 3", "tab:blue", "o"),
     "multi_organ": ("2 → 3", "tab:cyan", "s"),
     "self_supervised": ("1 → 3", "tab:green", "^"),
-    "scratch": ("3 (scratch)", "0.4", "v"),
+    "scratch": ("3 (scratch)", "tab:pink", "v"),
     "scratch_long": ("3, as many steps", "0.7", "<"),
     "nnunet": ("nnU-Net", "tab:orange", "D"),
     "swin_unetr": ("Swin UNETR", "tab:red", "X"),
@@ -136,7 +136,10 @@ def segmentations(params: Params, scores: pd.DataFrame, prepared: Prepared, show
     names = params.classes("multi_organ" if params.main_cases is None else "brachytherapy")
     item = _typical_case(scores)
     image, truth = np.asarray(tested.images[item]), np.asarray(tested.labels[item])
-    figure, axes = plt.subplots(2, len(names), figsize=(2.3 * len(names), 5.0), layout="constrained", squeeze=False)
+    x, y, z = (side * step for side, step in zip(truth.shape, prepared.spacing, strict=True))
+    heights = [y / x, z / y]
+    size = (2.3 * len(names), 2.3 * sum(heights) + 1.0)
+    figure, axes = plt.subplots(2, len(names), figsize=size, height_ratios=heights, layout="constrained", squeeze=False)
     for column, organ in enumerate(names):
         number = column + 1
         for row, axis in ((0, 2), (1, 0)):
