@@ -43,10 +43,21 @@ def test_the_vocabulary_is_the_most_frequent_words(monkeypatch: pytest.MonkeyPat
 def test_python_documentation_is_at_hand() -> None:
     corpus = load_words("python", 512)
     assert len(corpus.vocabulary) == 512
-    assert len(corpus.train) > 50_000
+    # More than the topics of help() alone have, which are a tenth of a million.
+    assert len(corpus.train) > 300_000
+    assert len(corpus.test["python"]) > 20_000
     assert corpus.train.max() < 512
     assert np.mean(corpus.train == 1) < 0.2
     np.testing.assert_array_equal(corpus.train, load_words("python", 512).train)
+
+
+def test_docstrings_are_those_of_all_modules_but_tests() -> None:
+    texts = house_text.module_docstrings()
+    (of_json,) = [text for text in texts if text.startswith("JSON (JavaScript Object Notation)")]
+    # The module's own, then those of its functions.
+    assert "Serialize ``obj`` to a JSON formatted ``str``." in of_json
+    # What idlelib/idle_test/test_autocomplete.py begins with.
+    assert not any(text.startswith("Test autocomplete") for text in texts)
 
 
 def test_corpora_are_read_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
