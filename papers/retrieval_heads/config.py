@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from shared.config import Strict
 from shared.lm.model import SIZES
+from shared.training import TrainingSettings
 
 Mode = Literal["uniform", "zero", "mean"]
 Form = Literal["plain", "chat"]
@@ -27,12 +28,21 @@ class Grid(Strict):
         return self
 
 
+class TwoSteps(TrainingSettings):
+    """Training and tests of the task of two steps (two_steps.py)."""
+
+    steps_per_epoch: PositiveInt
+    lengths: tuple[PositiveInt, ...] = Field(min_length=1, description="of the contexts, in tokens")
+    documents: PositiveInt = Field(100, description="that either form is tested on, of each length")
+
+
 class HouseLM(Strict):
     """A house model: which mixture it was trained on, how it is asked, and the needle tests that it gets."""
 
     name: str = Field(description="of the mixture")
     form: Form = "plain"
     grid: Grid
+    two_steps: TwoSteps | None = Field(None, description="train it here, from the first model, on two steps as well")
 
 
 class House(Strict):
@@ -54,6 +64,8 @@ class House(Strict):
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("a model is listed twice")
+        if self.models[0].two_steps:
+            raise ValueError("the first model is trained elsewhere: two_steps is for one that goes on from it")
         return self
 
 

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from shared.config import Stage, UserError, data_root
 from shared.data.house_corpora import CODE_LENGTH, SENTENCE_LENGTHS, distinct, generate, make_stream
-from shared.data.house_lexicon import BOS, CODES, Lexicon, load_lexicon
+from shared.data.house_lexicon import BOS, CODES, DIGITS, Lexicon, load_lexicon
 from shared.evaluation.abilities import ABILITIES, draw_documents
 from shared.files import atomic_path, write_json
 
-from .config import Form, Grid, House, Params
+from .config import Form, Grid, House, Params, TwoSteps
 from .model import Needles
 
 Integers = NDArray[np.int64]
@@ -47,6 +47,9 @@ PUBLISHED = {
 
 QUESTIONS: dict[Form, str] = {"plain": "What is the code of", "chat": "Tell me the code for"}
 FACT = "The code of"
+TWO_STEPS = "Answer for"
+Ending = Literal["needle", "at_once", "in_steps"]
+ANSWER_LENGTH: dict[Ending, int] = {"needle": CODE_LENGTH, "at_once": 1, "in_steps": 3}
 PARTS = 3
 FLUENCY_LENGTH = 40
 # `The code of NAME c c c .`
@@ -130,6 +133,8 @@ def house_tests(house: House, seed: int, lexicon: Lexicon) -> Iterator[tuple[str
                 needles = house_needles(model.grid, length, house.distractors, rng, lexicon, model.form)
                 arrays |= {f"{length}/{key}": value for key, value in _arrays(needles).items()}
             yield f"{part}-{model.name}", arrays
+        if model.two_steps:
+            yield from two_step_tests(house, model.two_steps, seed, lexicon)
     rng = make_stream(seed, "test", "retrieval heads", "filler")
     yield "filler", {"0/tokens": begun_sentences(house.filler_documents, rng, lexicon), "0/answer": np.array([-1])}
     scenes = draw_documents(ABILITIES["colored_objects"], house.scene_documents, lexicon, seed)
@@ -184,6 +189,50 @@ def house_needles(
         item=torch.arange(count) % grid.documents,
         length=length,
     )
+
+
+def two_step_tests(
+    house: House, task: TwoSteps, seed: int, lexicon: Lexicon
+) -> Iterator[tuple[str, dict[str, NDArray]]]:
+    """The same questions with answers that are due at once, and in steps."""
+    for ending in ("at_once", "in_steps"):
+        arrays = {}
+        for length in task.lengths:
+            rng = make_stream(seed, "test", "retrieval heads", "two steps", length)
+            documents = end_with(random_needles(house, length, task.documents, rng, lexicon), ending, lexicon)
+            arrays[f"{length}/tokens"] = documents[:, : -ANSWER_LENGTH[ending] - 1].numpy()
+            arrays[f"{length}/answer"] = documents[:, -2].numpy()
+        yield ending, arrays
+
+
+def random_needles(house: House, length: int, count: int, rng: Generator, lexicon: Lexicon) -> Needles:
+    """Needle tests of one length at random depths."""
+    grid = Grid(lengths=(length,), depths=tuple(rng.uniform(0, 100, size=count).tolist()))
+    return house_needles(grid, length, house.distractors, rng, lexicon)
+
+
+def end_with(needles: Needles, ending: Ending, lexicon: Lexicon) -> Tensor:
+    """Whole documents [B, T]: contexts of needle tests, a question about the needle, its answer and a full stop.
+
+    Besides the code there is an answer of two steps, section 4.3 (chain of thought) in small: the digit that belongs to
+    the code's first word. The n-th of the 40 code words belongs to digit n modulo 10, which no context says: it has to
+    be in the weights. The prompt's last token says whether that word is to be written down before the digit:
+
+        needle      … The code of NAME c13 c8 c5 . …   What is the code of NAME c13 c8 c5 .
+        at_once     … The code of NAME c13 c8 c5 . …   Answer for NAME = 3 .
+        in_steps    … The code of NAME c13 c8 c5 . …   Answer for NAME : c13 = 3 .
+    """
+
+    def words(text: str) -> Tensor:
+        return torch.from_numpy(lexicon.encode(text)).long().expand(len(needles), -1)
+
+    if ending == "needle":
+        return torch.cat([needles.tokens, needles.answer, words(".")], dim=1)
+    context = needles.tokens[:, : 1 + needles.length]
+    name, word = needles.tokens[:, -1:], needles.answer[:, :1]
+    digit = words(" ".join(DIGITS)).gather(1, (word - words(CODES[0])) % len(DIGITS))
+    step = [words(":"), word] if ending == "in_steps" else []
+    return torch.cat([context, words(TWO_STEPS), name, *step, words("="), digit, words(".")], dim=1)
 
 
 def filler_sentences(count: int, length: int, rng: Generator, lexicon: Lexicon) -> Integers:
@@ -249,7 +298,7 @@ def load_needles(folder: Path, part: str, name: str, seed: int) -> list[Needles]
 
 
 def load_prompts(folder: Path, kind: str, seed: int) -> list[Prompts]:
-    """Prompts of `filler` or `scene`, one batch a length."""
+    """Prompts of `filler`, `scene`, `at_once` or `in_steps`, one batch a length."""
     batches = _load(folder / f"{kind}-seed{seed}.npz").values()
     return [Prompts(*(torch.from_numpy(arrays[key]).long() for key in ("tokens", "answer"))) for arrays in batches]
 

@@ -55,7 +55,9 @@ def draw(stage: Stage, scores: pd.DataFrame, samples: Samples, answers: pd.DataF
         figures["correlation"] = correlations(scores)
     if answers is not None:
         first = stage.params.masking.models[0]
-        figures["masking"] = masking(scores)
+        figures["masking"] = masking(scores, "recall", "recall [%]", 100)
+        if scores.dataset.eq("in_steps/uniform").any():
+            figures["questions"] = masking(scores, "accuracy", "share of right answers", 1)
         figures["depth"] = by_depth(answers, first, samples)
         figures["errors"] = errors(scores, first)
     return save_figures(stage.results_dir, figures, dpi=100)
@@ -148,9 +150,9 @@ def correlations(scores: pd.DataFrame) -> Figure:
     return figure
 
 
-def masking(scores: pd.DataFrame) -> Figure:
-    """Recall over the number of masked heads: mean over seeds, band from the lowest to the highest seed."""
-    chosen = scores[scores.metric.eq("recall") & scores.masked.notna()]
+def masking(scores: pd.DataFrame, metric: str, label: str, best: float) -> Figure:
+    """A metric over the number of masked heads: mean over seeds, band from the lowest to the highest seed."""
+    chosen = scores[scores.metric.eq(metric) & scores.masked.notna()]
     panels = list(dict.fromkeys(chosen.dataset))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -165,8 +167,8 @@ def masking(scores: pd.DataFrame) -> Figure:
             counts = np.append(0, table.index)
             axis.plot(counts, np.append(whole, table.mean(axis=1)), "o-", ms=3.5, color=color, label=LABELS[masker])
             axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.13, lw=0)
-        axis.axhline(50, ls=":", lw=0.8, color="0.5")
-        axis.set(title=panel, xlabel="masked heads K", ylabel="recall [%]", ylim=(-3, 103))
+        axis.axhline(best / 2, ls=":", lw=0.8, color="0.5")
+        axis.set(title=panel, xlabel="masked heads K", ylabel=label, ylim=(-0.03 * best, 1.03 * best))
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
     handles, labels = axes.flat[0].get_legend_handles_labels()

@@ -22,7 +22,7 @@ from shared.training.parallel import Report
 
 from .baselines import layer_matched_heads, random_heads
 from .config import Checkpoint, HouseLM, Masking, Mode, Params
-from .data import load_prompts
+from .data import ANSWER_LENGTH, load_prompts
 from .detect import load_scores, load_subject, recorded
 from .model import KINDS, Head, Needles, cut, kind_of_answer, ranked
 from .subjects import Subject, house_models
@@ -93,12 +93,20 @@ def mask_one(stage: Stage[Params], model: HouseLM | Checkpoint, seed: int, repor
     for batch, reference in subject.tests("masking"):
         rows += needle_rows(subject, batch, reference, chosen, means)
         report(0.5, f"{batch.length} tokens")
-    if isinstance(model, HouseLM) and params.house and model is params.house.models[0]:
-        for kind in ("filler", "scene"):
-            rows += prompt_rows(stage, subject, kind, [c for c in chosen if c.mode == modes[0]])
+    for kind in _other_tasks(params, model):
+        rows += prompt_rows(stage, subject, kind, [c for c in chosen if c.mode == modes[0]])
     with atomic_path(stage.runs_dir / "mask" / f"{subject.label}.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False, lineterminator="\n")
     return subject.label
+
+
+def _other_tasks(params: Params, model: HouseLM | Checkpoint) -> tuple[str, ...]:
+    """What a model is asked for beside needles."""
+    if not isinstance(model, HouseLM):
+        return ()
+    if model.two_steps:
+        return "at_once", "in_steps"
+    return ("filler", "scene") if params.house and model.name == params.house.models[0].name else ()
 
 
 def needle_rows(
@@ -143,22 +151,26 @@ def kind_shares(subject: Subject, batch: Needles, made: Tensor, recall: NDArray)
 
 
 def prompt_rows(stage: Stage[Params], subject: Subject, kind: str, chosen: list[Condition]) -> Iterator[Row]:
-    """The next word of a filler sentence (is it one that may follow?), and answers to questions on a scene."""
+    """The next word of a filler sentence (may it follow?), answers to questions on a scene, and those of two steps.
+
+    Of answers in several tokens the last is judged, whatever was written before it.
+    """
     batches = load_prompts(stage.data_dir, kind, subject.seed)
     counted = sum(len(batch.tokens) for batch in batches)
+    length = ANSWER_LENGTH["in_steps"] if kind == "in_steps" else 1
     pasts = [subject.lm.prefill(batch.tokens[:, :-1].to(subject.lm.device)) for batch in batches]
     for condition in chosen:
         hooks, right = mask_heads(condition.heads, condition.mode), 0
         for batch, past in zip(batches, pasts, strict=True):
             tokens = batch.tokens.to(subject.lm.device)
-            made = subject.lm.generate(tokens, 1, hooks=hooks, past=past).tokens.cpu()
-            right += int(_is_right(kind, batch.tokens[:, -1], batch.answer, made[:, 0]).sum())
+            made = subject.lm.generate(tokens, length, hooks=hooks, past=past).tokens.cpu()
+            right += int(_is_right(kind, batch.tokens[:, -1], batch.answer, made[:, -1]).sum())
         metric = "legal_words" if kind == "filler" else "accuracy"
         yield condition.about | {"task": kind, "tests": counted, metric: right / counted}
 
 
 def _is_right(kind: str, last: Tensor, answer: Tensor, made: Tensor) -> Tensor:
-    if kind == "scene":
+    if kind != "filler":
         return made == answer
     lexicon = load_lexicon("embedded")
     successors = torch.from_numpy(lexicon.filler_successors).long()

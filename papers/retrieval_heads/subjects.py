@@ -83,11 +83,11 @@ def house_models(stage: Stage[Params]) -> list[tuple[HouseLM, int]]:
 
 
 def model_folder(stage: Stage[Params], name: str, seed: int) -> Path:
-    """Where a house model lies: in pipelines/house_lm, or in runs/ where the profile trains stand-ins."""
+    """Where a house model lies: in pipelines/house_lm, or in runs/ where the paper trains it."""
     house = stage.params.house
     if house is None:
         raise UserError(f"the profile {stage.profile} has no house models")
-    if house.stand_in_steps:
+    if house.stand_in_steps or any(model.two_steps for model in house.models if model.name == name):
         return stage.runs_dir / "models" / name / house.size / f"seed{seed}"
     return house_folder(name, house.size, seed)
 
@@ -95,8 +95,9 @@ def model_folder(stage: Stage[Params], name: str, seed: int) -> Path:
 def house_subject(stage: Stage[Params], model: HouseLM, seed: int, device: torch.device) -> Subject:
     """A house model of a profile."""
     folder = model_folder(stage, model.name, seed)
-    if not folder.is_dir() and stage.params.house and stage.params.house.stand_in_steps is None:
-        load_lm(f"house:{model.name}:{stage.params.house.size}:{seed}")  # says what is missing, and how to get it
+    house = stage.params.house
+    if not folder.is_dir() and house and house.stand_in_steps is None and model.two_steps is None:
+        load_lm(f"house:{model.name}:{house.size}:{seed}")  # says what is missing, and how to get it
     lm, lexicon = load_lm(folder, device=device), load_lexicon("embedded")
     if lm.tokenizer is None or lm.tokenizer.vocabulary != list(lexicon.vocabulary):
         raise UserError(
