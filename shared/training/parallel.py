@@ -58,6 +58,9 @@ def _run_in_processes(jobs: Sequence[Job], workers: int, threads: int, display: 
     # Fork spares each job the seconds that importing torch takes; with CUDA in use, forking is not possible.
     torch = sys.modules.get("torch")
     forkable = hasattr(os, "fork") and not (torch is not None and torch.cuda.is_initialized())
+    if torch is not None and forkable:
+        # The first optimizer of a process imports it, which takes most of a second.
+        import torch._dynamo
     context = multiprocessing.get_context("fork" if forkable else "spawn")
     messages = context.SimpleQueue()
     results: dict[int, Any] = {}
