@@ -24,6 +24,7 @@ def baselines(stage: Stage[Params]) -> None:
     # Here, since the training that all models share builds these networks.
     from .train import train_third_stage
 
+    load_optional("monai.networks.nets", "gynbtnet")  # once, not in each of the processes that are forked
     train_third_stage(stage, BASELINES)
 
 

@@ -28,14 +28,15 @@ def soft_dice_loss(logits: Tensor, labels: Tensor, epsilon: float = 1e-5) -> Ten
     """
     _check(logits, labels)
     probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
-    classes = logits.shape[1]
-    one_hot = functional.one_hot(labels, classes).movedim(-1, 1).to(probabilities.dtype)
-    space = [0, *range(2, logits.ndim)]
-    true_positives = (probabilities * one_hot).sum(space)[1:]
-    labeled = one_hot.sum(space)[1:]
-    predicted = logits.argmax(dim=1).flatten().bincount(minlength=classes)[1:]
-    present = ((labeled > 0) | (predicted > 0)).to(probabilities.dtype)
-    scores = (2 * true_positives + epsilon) / (probabilities.sum(space)[1:] + labeled + epsilon)
+    classes, flat = logits.shape[1], labels.flatten()
+    of_label = probabilities.gather(1, labels[:, None]).flatten()
+    true_positives = probabilities.new_zeros(classes).index_add(0, flat, of_label)[1:]
+    predicted = probabilities.sum([0, *range(2, logits.ndim)])[1:]
+    labeled = flat.bincount(minlength=classes)[1:]
+    present = labeled > 0
+    if not present.all():
+        present |= logits.argmax(dim=1).flatten().bincount(minlength=classes)[1:] > 0
+    scores = (2 * true_positives + epsilon) / (predicted + labeled + epsilon)
     return ((1 - scores) * present).sum() / present.sum().clamp(min=1)
 
 

@@ -11,13 +11,26 @@ import pytest
 from pipelines.claims import judge_claim
 from pipelines.papers import load_paper
 from shared.config import Stage, UserError, load_params
+from shared.data.volumes import Normalization
 from shared.evaluation.scores import read_scores
 
 from .. import data
 from ..baselines import baselines
 from ..brachytherapy import brachytherapy
 from ..config import COMPLEX, ORGANS, SIMPLE, Params
-from ..evaluate import atlas_of, evaluate, gains, organ_rows, segmentation_rows, significance, trainings
+from ..data import CaseSet, Prepared
+from ..evaluate import (
+    CASES_AT_ONCE,
+    atlas_of,
+    evaluate,
+    gains,
+    organ_rows,
+    segment,
+    segmentation_rows,
+    significance,
+    trainings,
+)
+from ..model import residual_unet
 from ..multi_organ import multi_organ
 from ..pretrain import pretrain
 from .test_data import official, real_params  # noqa: F401 (a fixture)
@@ -51,6 +64,18 @@ def test_gains_of_pretraining_by_hand() -> None:
     assert means["self_supervised_simple"] == pytest.approx(0.1)
     assert found.groupby("model").size().tolist() == [36, 36]
     assert {*COMPLEX, *SIMPLE} == set(ORGANS)
+
+
+def test_cases_are_segmented_together_as_one_by_one(tmp_path: Path) -> None:
+    params = load_params(FOLDER / "params.yaml", Params, "tiny")[1]
+    prepared = Prepared(tmp_path, (11.0,) * 3, Normalization(-100, 200, 50, 80), "noise", "")
+    images = np.random.default_rng(0).normal(50, 80, size=(CASES_AT_ONCE + 1, 16, 16, 16)).astype(np.float32)
+    network = residual_unet(params.network, 6, seed=0)
+    together = segment(params, prepared, network, CaseSet(images, None), brachytherapy=True)
+    alone = [segment(params, prepared, network, CaseSet(images[[i]], None), brachytherapy=True) for i in range(5)]
+    assert together.shape == images.shape
+    assert np.unique(together).size > 2
+    assert (together == np.concatenate(alone)).mean() > 0.999
 
 
 def test_gains_by_cases_by_hand() -> None:
