@@ -90,7 +90,12 @@ ABILITIES: dict[str, Ability] = {
     "ioi_seen_pairs": Ability("ioi", 1 / 2, split="train", score=_logit_difference),
     "colored_objects": Ability("co", 1 / 3, at_least=0.9, where={"scenes": 1}),
     "colored_objects_seen_pairs": Ability("co", 1 / 3, where={"scenes": 1}, split="train"),
-    "colored_objects_official": Ability("co_official", 1 / 3, at_least=0.33, at_most=0.8, last_answer=True),
+    # For models that should not look colors up. Such a one guesses by which pairs it has seen, and thus never names a
+    # held-out one: the gate is for pairs as in training.
+    "colored_objects_official": Ability(
+        "co_official", 1 / 3, at_least=0.33, at_most=0.8, last_answer=True, split="train"
+    ),
+    "colored_objects_official_held_out": Ability("co_official", 1 / 3, last_answer=True),
     "greater_than": Ability(
         # 99 is later than nearly every year, and a bigram model says it: only the spread tells a comparison from that.
         # GPT-2 small has 0.82 (Hanna et al.).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.config import UserError
-from shared.data.house_corpora import Documents
+from shared.data.house_corpora import Documents, held_out
 from shared.data.house_lexicon import Lexicon, load_lexicon
 from shared.evaluation import abilities
 from shared.evaluation.abilities import (
@@ -99,6 +99,20 @@ def test_the_official_form_is_asked_after_its_example(lexicon: Lexicon) -> None:
     assert (documents.answers.sum(axis=1) == 1).all()
     lengths = (documents.tokens >= 0).sum(axis=1)
     assert (documents.answers.argmax(axis=1) == lengths - 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "out"), [("colored_objects_official", False), ("colored_objects_official_held_out", True)]
+)
+def test_the_official_form_asks_for_pairs_as_in_training_or_for_held_out_ones(
+    name: str, out: bool, lexicon: Lexicon
+) -> None:
+    documents = abilities.draw_documents(ABILITIES[name], COUNT, lexicon, 0)
+    rows, places = np.arange(COUNT), documents.answers.argmax(axis=1)
+    # … What color is the THING ? A : COLOR
+    things = [lexicon.things.index(lexicon.vocabulary[token]) for token in documents.tokens[rows, places - 4]]
+    colors = [lexicon.colors.index(lexicon.vocabulary[token].lower()) for token in documents.tokens[rows, places]]
+    assert (held_out(np.array(things), np.array(colors)) == out).all()
 
 
 def test_the_logit_difference_is_that_of_the_two_names(lexicon: Lexicon) -> None:
