@@ -35,6 +35,7 @@ def soft_dice_loss(logits: Tensor, labels: Tensor, epsilon: float = 1e-5) -> Ten
     labeled = flat.bincount(minlength=classes)[1:]
     present = labeled > 0
     if not present.all():
+        # Which class is the most probable one matters only to classes that no voxel has.
         present |= logits.argmax(dim=1).flatten().bincount(minlength=classes)[1:] > 0
     scores = (2 * true_positives + epsilon) / (predicted + labeled + epsilon)
     return ((1 - scores) * present).sum() / present.sum().clamp(min=1)

@@ -72,7 +72,7 @@ def test_cases_are_segmented_together_as_one_by_one(tmp_path: Path) -> None:
     images = np.random.default_rng(0).normal(50, 80, size=(CASES_AT_ONCE + 1, 16, 16, 16)).astype(np.float32)
     network = residual_unet(params.network, 6, seed=0)
     together = segment(params, prepared, network, CaseSet(images, None), brachytherapy=True)
-    alone = [segment(params, prepared, network, CaseSet(images[[i]], None), brachytherapy=True) for i in range(5)]
+    alone = [segment(params, prepared, network, CaseSet(image[None], None), brachytherapy=True) for image in images]
     assert together.shape == images.shape
     assert np.unique(together).size > 2
     assert (together == np.concatenate(alone)).mean() > 0.999

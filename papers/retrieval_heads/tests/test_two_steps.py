@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from shared.data.house_lexicon import load_lexicon
 from shared.lm.model import HouseConfig, HouseModel
 
 from ..config import House, Params, TwoSteps
-from ..data import end_with, house_tests, random_needles
-from ..mask import _is_right
+from ..data import _save, end_with, house_tests, random_needles
+from ..mask import Condition, prompt_rows
+from ..subjects import Subject
 from ..train import train_two_steps
 from ..two_steps import NO_LABEL, Documents, answer_loss, continue_training
 
@@ -107,10 +109,29 @@ def test_training_lowers_the_loss_and_is_the_same_again(tmp_path: Path) -> None:
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-@pytest.mark.parametrize("kind", ["scene", "at_once", "in_steps"])
-def test_an_answer_is_right_if_it_is_the_one_that_is_due(kind: str) -> None:
-    right = _is_right(kind, torch.tensor([1, 1]), torch.tensor([5, 6]), torch.tensor([5, 7]))
-    assert right.tolist() == [True, False]
+@pytest.mark.parametrize(("kind", "length"), [("scene", 1), ("at_once", 1), ("in_steps", 3)])
+def test_of_an_answer_the_last_token_is_judged(kind: str, length: int, tmp_path: Path) -> None:
+    """Whatever is written before the digit; of two answers one is right."""
+    stage = Stage(
+        tmp_path, "mask", "tiny", validate(Params, {"seeds": [0], "house": {"size": "S", "models": MODELS}}, "")
+    )
+    _save(stage.data_dir / f"{kind}-seed0.npz", {"0/tokens": np.array([[1, 2], [3, 4]]), "0/answer": np.array([5, 6])})
+    asked = []
+
+    class Scripted:
+        device = torch.device("cpu")
+
+        def prefill(self, tokens: torch.Tensor) -> None:
+            assert tokens.tolist() == [[1], [3]]
+
+        def generate(self, tokens: torch.Tensor, count: int, hooks: object, past: object) -> SimpleNamespace:
+            asked.append(count)
+            return SimpleNamespace(tokens=torch.tensor([[6] * (count - 1) + [5], [6] * (count - 1) + [5]]))
+
+    subject = Subject("scripted", 0, Scripted(), lambda part: iter([]), torch.tensor([0]), 4, np.arange(9), 2)
+    (row,) = prompt_rows(stage, subject, kind, [Condition("unmasked", "uniform")])
+    assert asked == [length]
+    assert (row["accuracy"], row["tests"]) == (0.5, 2)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
