@@ -49,7 +49,7 @@ QUESTIONS: dict[Form, str] = {"plain": "What is the code of", "chat": "Tell me t
 FACT = "The code of"
 TWO_STEPS = "Answer for"
 Ending = Literal["needle", "at_once", "in_steps"]
-ANSWER_LENGTH: dict[Ending, int] = {"needle": CODE_LENGTH, "at_once": 1, "in_steps": 3}
+ANSWER_LENGTH: Mapping[str, int] = {"needle": CODE_LENGTH, "at_once": 1, "in_steps": 3}
 PARTS = 3
 FLUENCY_LENGTH = 40
 # `The code of NAME c c c .`

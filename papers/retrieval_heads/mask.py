@@ -157,7 +157,7 @@ def prompt_rows(stage: Stage[Params], subject: Subject, kind: str, chosen: list[
     """
     batches = load_prompts(stage.data_dir, kind, subject.seed)
     counted = sum(len(batch.tokens) for batch in batches)
-    length = ANSWER_LENGTH["in_steps"] if kind == "in_steps" else 1
+    length = ANSWER_LENGTH.get(kind, 1)
     pasts = [subject.lm.prefill(batch.tokens[:, :-1].to(subject.lm.device)) for batch in batches]
     for condition in chosen:
         hooks, right = mask_heads(condition.heads, condition.mode), 0

@@ -22,12 +22,12 @@ from shared.evaluation.scores import code_digest
 from shared.files import write_json
 from shared.lm.model import HouseConfig, HouseModel
 from shared.tracking import start_run
-from shared.training import Job, run_jobs
+from shared.training import Job, fit, run_jobs
 from shared.training.parallel import Report
 
 from .config import HouseLM, Params
 from .subjects import house_models, model_folder
-from .two_steps import continue_training
+from .two_steps import Documents, answer_loss
 
 # What claims are gated by, and what stand-ins are trained on.
 GATES = ("induction", "needle_3", "colored_objects")
@@ -61,14 +61,14 @@ def train(stage: Stage[Params]) -> None:
 
 def train_two_steps(stage: Stage[Params], model: HouseLM, seed: int, report: Report) -> None:
     """Train a seed of the first model on, for the task of two steps."""
-    house, lexicon = stage.params.house, load_lexicon("embedded")
+    house = stage.params.house
     parent = model_folder(stage, house.models[0].name, seed)
     weights = parent / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{model.name} goes on from {house.models[0].name}, and {parent} holds no trained model")
     lm = HouseModel.load(parent)
     started_from = hashlib.sha256(weights.read_bytes()).hexdigest()
-    settings = model.two_steps.model_dump(mode="json")
+    settings = model.two_steps.model_dump(mode="json", exclude={"documents"})
     with start_run(
         stage.slug,
         f"{model.name} · seed {seed}",
@@ -76,12 +76,12 @@ def train_two_steps(stage: Stage[Params], model: HouseLM, seed: int, report: Rep
         params=settings | {"seed": seed},
         tags={"model": model.name, "stage": stage.name, "seed": str(seed), "profile": stage.profile},
     ) as run:
-        continue_training(
+        fit(
             lm,
-            house,
+            Documents(house, model.two_steps, load_lexicon("embedded")),
+            answer_loss,
             model.two_steps,
-            seed,
-            lexicon,
+            seed=seed,
             directory=model_folder(stage, model.name, seed) / "training",
             fingerprint=json.dumps([settings, started_from, code_digest(stage.folder, CODE)]),
             track=run,
@@ -112,13 +112,13 @@ def train_stand_ins(stage: Stage[Params], seed: int, report: Report) -> None:
     trained = [settings for settings in house.models if settings.two_steps is None]
     for number, settings in enumerate(trained):
         model.load_state_dict(base)
-        fit(model, house.stand_in_steps, seed, settings.name)
+        fit_stand_in(model, house.stand_in_steps, seed, settings.name)
         base = {name: value.clone() for name, value in model.state_dict().items()} if number == 0 else base
         save_model(stage, settings, seed, model)
         report((number + 1) / len(trained), settings.name)
 
 
-def fit(model: HouseModel, steps: int, seed: int, name: str) -> None:
+def fit_stand_in(model: HouseModel, steps: int, seed: int, name: str) -> None:
     """AdamW on windows of synthetic documents."""
     windows = pack(
         KINDS, steps * BATCH_SIZE, LENGTH, make_stream(seed, "train", "stand-in", name), load_lexicon("embedded")

@@ -1,8 +1,6 @@
-"""Trains a house model on, until it answers in two steps: at once, and by way of a written word (`data.end_with`)."""
+"""What a house model is trained on to answer in two steps: at once, and by way of a written word (`data.end_with`)."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,9 +10,7 @@ from torch.utils.data import Dataset
 
 from shared.data.house_lexicon import Lexicon
 from shared.lm.model import HouseModel
-from shared.tracking import Run
-from shared.training import Moment, fit
-from shared.training.parallel import Report
+from shared.training import Moment
 
 from .config import House, TwoSteps
 from .data import ANSWER_LENGTH, QUESTIONS, Ending, end_with, random_needles
@@ -55,30 +51,3 @@ def answer_loss(model: HouseModel, batch: tuple[Tensor, Tensor], moment: Moment)
     documents, labels = batch
     logits = model(documents[:, :-1])
     return {"loss": functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LABEL)}
-
-
-def continue_training(
-    model: HouseModel,
-    house: House,
-    task: TwoSteps,
-    seed: int,
-    lexicon: Lexicon,
-    *,
-    directory: Path,
-    fingerprint: str,
-    track: Run | None = None,
-    report: Report | None = None,
-) -> None:
-    """Train a house model on, in place; what is in `directory` of a training that was interrupted is gone on with."""
-    fit(
-        model,
-        Documents(house, task, lexicon),
-        answer_loss,
-        task,
-        directory=directory,
-        seed=seed,
-        fingerprint=fingerprint,
-        track=track,
-        report=report,
-    )
-    model.eval()

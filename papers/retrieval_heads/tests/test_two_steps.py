@@ -12,13 +12,14 @@ import torch
 from shared.config import Stage, UserError, validate
 from shared.data.house_lexicon import load_lexicon
 from shared.lm.model import HouseConfig, HouseModel
+from shared.training import fit
 
 from ..config import House, Params, TwoSteps
 from ..data import _save, end_with, house_tests, random_needles
 from ..mask import Condition, prompt_rows
 from ..subjects import Subject
 from ..train import train_two_steps
-from ..two_steps import NO_LABEL, Documents, answer_loss, continue_training
+from ..two_steps import NO_LABEL, Documents, answer_loss
 
 LEXICON = load_lexicon("embedded")
 TASK = {"epochs": 1, "steps_per_epoch": 4, "batch_size": 6, "learning_rate": 1e-3, "lengths": [40, 52], "documents": 5}
@@ -103,7 +104,7 @@ def test_training_lowers_the_loss_and_is_the_same_again(tmp_path: Path) -> None:
         model = HouseModel(start.config)
         model.load_state_dict(start.state_dict())
         before = float(answer_loss(model, batch, None)["loss"].detach())
-        continue_training(model, HOUSE, task, 3, LEXICON, directory=tmp_path / run, fingerprint="")
+        fit(model, fresh, answer_loss, task, directory=tmp_path / run, seed=3)
         assert float(answer_loss(model, batch, None)["loss"].detach()) < before - 0.05
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
