@@ -161,11 +161,17 @@ def _closed_gate(gate: Gate | None, scores: pd.DataFrame) -> str | None:
         return None
     for column in ("model", "metric", "dataset"):
         _assert_among(getattr(gate, column), scores[column], column)
-    mean = float(overall(_select(scores, gate.metric, gate.dataset, gate.model))["value"].mean(skipna=False))
-    if (gate.at_least is None or mean >= gate.at_least) and (gate.at_most is None or mean <= gate.at_most):
-        return None
-    needed = range_text(gate.at_least, gate.at_most)
-    return f"gate not passed: {gate.metric} of {gate.model} on {gate.dataset} is {mean:.3g}, needed is {needed}"
+    rows = overall(_select(scores, gate.metric, gate.dataset, gate.model))
+    what = f"{gate.metric} of {gate.model} on {gate.dataset}"
+    values = {what: rows["value"].mean(skipna=False)}
+    if gate.every_seed:
+        values = {f"{what}, seed {seed},": group.mean(skipna=False) for seed, group in rows.groupby("seed")["value"]}
+    low = -math.inf if gate.at_least is None else gate.at_least
+    high = math.inf if gate.at_most is None else gate.at_most
+    for name, value in values.items():
+        if not low <= value <= high:
+            return f"gate not passed: {name} is {value:.3g}, needed is {range_text(gate.at_least, gate.at_most)}"
+    return None
 
 
 def _subjects(check: Check) -> list[tuple[str, ...]]:

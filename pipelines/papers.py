@@ -139,11 +139,12 @@ Check = Beats | Ratio | Equals | Trend | Threshold
 
 
 class Gate(_Range):
-    """What a model must reach before a claim is worth testing: the mean of a metric in a range."""
+    """What a model must reach before a claim is worth testing: a metric in a range, on average or in `every_seed`."""
 
     metric: Text
     model: Text
     dataset: Text
+    every_seed: bool = False
 
 
 class Reference(Strict):

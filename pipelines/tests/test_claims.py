@@ -355,10 +355,20 @@ def test_gates(bounds: dict[str, float], expected: str) -> None:
         assert "error of base on test is 2, needed is" in verdict.reason
 
 
+def test_a_gate_for_every_seed_is_closed_by_one() -> None:
+    frame = scores({"ours": [1.0, 1.1, 0.9], "base": [2.0, 2.1, 1.9]})
+    gate = {"metric": "error", "model": "base", "dataset": "test", "at_most": 2.05}
+    assert judge(frame, BEATS, gate=gate).verdict == "holds"
+    verdict = judge(frame, BEATS, gate=gate | {"every_seed": True})
+    assert verdict.reason == "gate not passed: error of base on test, seed 1, is 2.1, needed is ≤ 2.05"
+    assert judge(frame, BEATS, gate=gate | {"every_seed": True, "at_most": 2.1}).verdict == "holds"
+
+
 def test_a_gate_that_diverged_is_closed() -> None:
     frame = scores({"ours": [1.0, 1.1, 0.9], "base": [2.0, 2.1, math.nan]})
     gate = {"metric": "error", "model": "base", "dataset": "test", "at_most": 9}
     assert judge(frame, BEATS, gate=gate).verdict == "untested"
+    assert judge(frame, BEATS, gate=gate | {"every_seed": True}).verdict == "untested"
 
 
 # --- names ---
