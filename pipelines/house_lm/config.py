@@ -11,7 +11,7 @@ from shared.config import Strict, UserError, load_params
 from shared.data.house_corpora import check_weights
 from shared.data.house_lexicon import LexiconName
 from shared.data.house_text import TextName
-from shared.evaluation.abilities import ABILITIES
+from shared.evaluation.abilities import ABILITIES, TOGETHER
 from shared.lm.model import SIZES
 
 
@@ -40,7 +40,7 @@ class TextSettings(Strict):
 
 
 class Until(Strict):
-    """An ability that training waits for, tested on documents of its own every 50 steps."""
+    """An ability, or several together, that training waits for, tested on documents of its own every 50 steps."""
 
     ability: str
     accuracy: float = Field(0.9, gt=0, le=1)
@@ -86,8 +86,9 @@ class Mixture(Strict):
             )
         if self.decay_steps and not self.until:
             raise ValueError("decay_steps is for mixtures with 'until'; without it the rate falls over all steps")
-        if self.until and self.until.ability not in ABILITIES:
-            raise ValueError(f"until: unknown ability {self.until.ability!r}; there are {', '.join(ABILITIES)}")
+        if self.until and self.until.ability not in (*ABILITIES, *TOGETHER):
+            there = ", ".join((*TOGETHER, *ABILITIES))
+            raise ValueError(f"until: unknown ability {self.until.ability!r}; there are {there}")
         if self.parent and self.network:
             raise ValueError("a mixture with a parent has the parent's network: leave network out")
         if not set(self.network).isdisjoint(("vocab_size", *next(iter(SIZES.values())))):
@@ -108,6 +109,9 @@ class Params(Strict):
     test_documents: PositiveInt = Field(500, description="a test of an ability")
     save_every_steps: PositiveInt = Field(200, description="checkpoints from which a killed training goes on")
     mixtures: dict[str, Mixture] = Field(min_length=1)
+    sizes: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="by size and mixture, fields of the recipe that are others there"
+    )
 
     @model_validator(mode="after")
     def _parents_are_there(self) -> Params:
@@ -118,6 +122,22 @@ class Params(Strict):
             if parent and _vocabulary(parent) != _vocabulary(mixture):
                 raise ValueError(f"{name} has other tokens than its parent {mixture.parent}: same lexicon, same corpus")
         return self
+
+    @model_validator(mode="after")
+    def _sizes_are_known(self) -> Params:
+        for size, changes in self.sizes.items():
+            if size not in SIZES:
+                raise ValueError(f"sizes: there is no size {size!r}; choose among {', '.join(SIZES)}")
+            if unknown := set(changes) - set(self.mixtures):
+                raise ValueError(f"sizes: {size} changes {', '.join(unknown)}, which is not among the mixtures")
+            self.of_size(size)
+        return self
+
+    def of_size(self, size: str) -> Params:
+        """The params with the recipes of a size."""
+        changes = self.sizes.get(size, {})
+        mixtures = {name: mixture.model_dump() | changes.get(name, {}) for name, mixture in self.mixtures.items()}
+        return Params.model_validate(self.model_dump() | {"mixtures": mixtures, "sizes": {}})
 
     def mixture(self, name: str) -> Mixture:
         """A mixture by name; `UserError` lists those there are."""

@@ -42,7 +42,7 @@ def train_seeds(
     """Train the seeds of a mixture side by side, each tracked as a run; tables to `results/<profile>/`."""
     from shared import tracking
 
-    mixture = params.mixture(name)
+    mixture = params.of_size(size).mixture(name)
     tags = {"mixture": name, "size": size, "profile": profile}
     title, recipe = f"{name} · {size} · {profile}", mixture.model_dump(mode="json", exclude={"abilities"})
     with tracking.deliver(), tracking.start_run(EXPERIMENT, title, params=recipe, tags=tags) as stage:
@@ -83,6 +83,7 @@ def train_and_test(
     report: Report | None = None,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Train a model (see `train`) and write `gates.csv` beside it; returns its folder and the table's rows."""
+    params = params.of_size(size)
     folder = train(params, name, size, seed, models, track=track, report=report)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tested = measured(HouseModel.load(folder).to(device), params.mixture(name), params, seed)

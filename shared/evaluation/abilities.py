@@ -119,6 +119,10 @@ ABILITIES: dict[str, Ability] = {
 }
 """By name: `needle_3` is recall with three facts, `sum_2` a sum of two terms, `boolean_1` an expression of depth 1."""
 
+BUT_COLORS = ("induction", "needle_3", "ioi", "greater_than", "docstring", "label_binding")
+TOGETHER = {"skills": (*BUT_COLORS, "colored_objects"), "skills_but_colors": BUT_COLORS}
+"""Abilities asked for at once, by the accuracy of the weakest; the second is for models that should not have colors."""
+
 
 def draw_documents(ability: Ability, count: int, lexicon: Lexicon, seed: int) -> Documents:
     """`count` fresh documents of a test, the same ones for every model of a seed."""
@@ -149,8 +153,11 @@ def measure(predict: Predictor, name: str, lexicon: Lexicon, *, count: int = 500
     """One ability of a model, on `count` fresh documents: `accuracy`, and what else is known of the task.
 
     A prediction is the token of the highest logit in the whole vocabulary. With `whole_answers` all tokens of a
-    document's answer must be right.
+    document's answer must be right. Of several in `TOGETHER` it is the lowest accuracy.
     """
+    if name in TOGETHER:
+        tested = (measure(predict, each, lexicon, count=count, seed=seed) for each in TOGETHER[name])
+        return {"accuracy": min(values["accuracy"] for values in tested)}
     if name not in ABILITIES:
         close = difflib.get_close_matches(name, ABILITIES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""

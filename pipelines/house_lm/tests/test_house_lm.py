@@ -107,6 +107,34 @@ def test_parents_must_be_there_and_speak_the_same_tokens() -> None:
         validate(Params, {"mixtures": {"base": base, "child": other}}, "here")
 
 
+def test_a_size_has_its_own_recipe() -> None:
+    waits = {"steps": 2200, "until": {"ability": "skills"}}
+    params = validate(Params, {"mixtures": {"base": RIGHT, "more": RIGHT}, "sizes": {"M": {"base": waits}}}, "here")
+    assert params.of_size("S").mixtures == params.mixtures
+    large = params.of_size("M")
+    assert (large.mixture("base").steps, large.mixture("base").until.ability) == (2200, "skills")
+    assert large.mixture("more") == params.mixture("more")
+    assert large.of_size("M") == large
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"XL": {}}, "no size 'XL'; choose among S, M, T, D"),
+        ({"M": {"bass": {}}}, "M changes bass, which is not among the mixtures"),
+        ({"M": {"base": {"stepps": 3}}}, "stepps"),
+        (
+            {"M": {"base": {"data": {"kind": "documents", "lexicon": "published", "weights": {"ind": 1}}}}},
+            "other tokens",
+        ),
+    ],
+)
+def test_a_wrong_recipe_of_a_size_is_named(sizes: dict, message: str) -> None:
+    mixtures = {"base": RIGHT, "child": RIGHT | {"parent": "base"}}
+    with pytest.raises(UserError, match=message):
+        validate(Params, {"mixtures": mixtures, "sizes": sizes}, "here")
+
+
 # ------------------------------------------------------------------------------------------------------------- recipe
 
 
@@ -327,7 +355,7 @@ def test_a_claim_waits_for_the_ability(models: Path, at_least: float, verdict: s
 def test_the_command_trains_and_leaves_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPRISE_TRACKING", "off")
     content = yaml.safe_load((FOLDER / "params.yaml").read_text())
-    tiny = content["tiny"] | {"max_steps": 2}
+    tiny = content["tiny"] | {"max_steps": 2, "sizes": {}}
     tiny["mixtures"] = {"base": tiny["mixtures"]["base"] | {"batch_size": 2}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"profile": "tiny", "tiny": tiny}))
     arguments = ["house-lm", "train", "--mixture", "base", "--folder", str(tmp_path), "--workers", "1"]

@@ -17,6 +17,7 @@ from shared.data.house_lexicon import Lexicon, load_lexicon
 from shared.evaluation import abilities
 from shared.evaluation.abilities import (
     ABILITIES,
+    TOGETHER,
     Bigram,
     ability_rows,
     gate_rows,
@@ -92,6 +93,28 @@ def test_a_code_is_right_only_as_a_whole(lexicon: Lexicon) -> None:
     documents = abilities.draw_documents(ABILITIES["needle_3"], COUNT, lexicon, 0)
     codes = documents.tokens[documents.answers].reshape(COUNT, 3)
     assert value == np.mean((codes != lexicon.number["c0"]).all(axis=1)) < 1
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_of_several_abilities_the_weakest_counts(name: str, lexicon: Lexicon) -> None:
+    def copies(tokens: Tensor) -> Tensor:
+        """Says what followed the last time; a text that has not come before goes on with its first word."""
+        logits = torch.zeros(*tokens.shape, len(lexicon.vocabulary))
+        for row, text in enumerate(tokens.tolist()):
+            after: dict[int, int] = {}
+            for place, token in enumerate(text):
+                if place:
+                    after[text[place - 1]] = token
+                logits[row, place, after.get(token, text[0])] = 1
+        return logits
+
+    values = {each: measure(copies, each, lexicon, count=40)["accuracy"] for each in TOGETHER[name]}
+    assert values["induction"] > 0.9
+    assert measure(copies, name, lexicon, count=40) == {"accuracy": min(values.values())}
+
+
+def test_models_that_should_not_have_colors_are_not_asked_for_them() -> None:
+    assert set(TOGETHER["skills"]) - set(TOGETHER["skills_but_colors"]) == {"colored_objects"}
 
 
 def test_the_official_form_is_asked_after_its_example(lexicon: Lexicon) -> None:
