@@ -120,8 +120,12 @@ ABILITIES: dict[str, Ability] = {
 """By name: `needle_3` is recall with three facts, `sum_2` a sum of two terms, `boolean_1` an expression of depth 1."""
 
 BUT_COLORS = ("induction", "needle_3", "ioi", "greater_than", "docstring", "label_binding")
-TOGETHER = {"skills": (*BUT_COLORS, "colored_objects"), "skills_but_colors": BUT_COLORS}
-"""Abilities asked for at once, by the accuracy of the weakest; the second is for models that should not have colors."""
+TOGETHER = {
+    "copying_codes": ("induction", "needle_3"),
+    "skills": (*BUT_COLORS, "colored_objects"),
+    "skills_but_colors": BUT_COLORS,
+}
+"""Abilities asked for at once, by the accuracy of the weakest; the last is for models that should not have colors."""
 
 
 def draw_documents(ability: Ability, count: int, lexicon: Lexicon, seed: int) -> Documents:

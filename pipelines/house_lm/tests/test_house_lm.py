@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -319,7 +320,7 @@ def test_models_without_a_parent(name: str, size: str, tiny: Params, tmp_path: P
     ("name", "size", "message"),
     [
         ("skills", "S", r"goes on from base.*reprise house-lm train --mixture base --size S --seed 0"),
-        ("skils", "S", "choose one of base, skills"),
+        ("skils", "S", "choose one of base, codes, skills"),
         ("base", "XXL", "choose one of S, M, T, D"),
     ],
 )
@@ -371,27 +372,47 @@ def test_the_command_trains_and_leaves_tables(tmp_path: Path, monkeypatch: pytes
 
 
 def test_every_mixture_has_its_stage_and_a_stage_its_parent() -> None:
-    stages = yaml.safe_load((FOLDER / "dvc.yaml").read_text())["stages"]
-    mixtures = load(FOLDER, "full")[1].mixtures
-    assert stages.keys() == mixtures.keys()
-    for name, stage in stages.items():
+    content = yaml.safe_load((FOLDER / "dvc.yaml").read_text())
+    lists = {f"${{{name}}}": items for part in content["vars"] for name, items in part.items()}
+    params = load(FOLDER, "full")[1]
+    assert content["stages"].keys() == params.mixtures.keys()
+    models: dict[str, set[str]] = {}
+    for name, entry in content["stages"].items():
+        stage = entry.get("do", entry)
         assert f"--mixture {name} " in stage["cmd"]
         assert f"${{profile}}.mixtures.{name}" in stage["params"]
         outs = [next(iter(out)) for out in stage["outs"]]
         assert outs[0] == f"models/{name}/${{item.size}}/seed${{item.seed}}"
-        trained = [dep for dep in stage["deps"] if dep.startswith("models/")]
-        parent = mixtures[name].parent
-        assert trained == ([f"models/{parent}/${{item.size}}/seed${{item.seed}}"] if parent else [])
-        if parent:
-            assert set(stage["matrix"]["size"]) <= set(stages[parent]["matrix"]["size"])
         local = [dep for dep in stage["deps"] if "$" not in dep]
         assert all((FOLDER / dep).is_file() for dep in local)
+        models[name] = set()
+        items = lists[entry["foreach"]].values() if "foreach" in entry else all_of(entry["matrix"])
+        for item in items:
+            size, seed = item["size"], item["seed"]
+            models[name].add(f"models/{name}/{size}/seed{seed}")
+            trained = [filled(dep, item) for dep in stage["deps"] if dep.startswith("models/")]
+            mixture = params.of_size(size).mixture(name)
+            assert trained == ([f"models/{mixture.parent}/{size}/seed{seed}"] if mixture.parent else [])
+            assert not mixture.parent or set(trained) <= models[mixture.parent]
+            # Whose recipe is another at a size, that one's stage runs again when it changes.
+            if mixture != params.mixture(name):
+                assert "${profile}.sizes.${item.size}" in stage["params"]
+
+
+def all_of(matrix: dict[str, list]) -> list[dict]:
+    return [dict(zip(matrix, values, strict=True)) for values in itertools.product(*matrix.values())]
+
+
+def filled(text: str, item: dict) -> str:
+    for key, value in item.items():
+        text = text.replace(f"${{item.{key}}}", str(value))
+    return text
 
 
 def test_stages_depend_on_all_code_that_weights_depend_on() -> None:
     stages = yaml.safe_load((FOLDER / "dvc.yaml").read_text())["stages"]
     for name, stage in stages.items():
-        named = {re.sub(r"^(\.\./)+", "", dep) for dep in stage["deps"]}
+        named = {re.sub(r"^(\.\./)+", "", dep) for dep in stage.get("do", stage)["deps"]}
         kind = "text" if name.startswith(("text", "agnews")) else "documents"
         needed = {*training.CODE_OF_ALL, *training.CODE[kind]}
         assert {path.removeprefix("pipelines/house_lm/") for path in needed} <= named
